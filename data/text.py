@@ -1,0 +1,404 @@
+"""Turn text into token shards to train on: text files, folders of them (read recursively), `.jsonl` (field `text`) and
+`.parquet` (column `text`). Each file or record is one document. With no PATH, the sources of the Python standard
+library are taken, so a first run needs no download.
+
+    python data/text.py                                  # Python's own sources
+    python data/text.py input.txt                        # one document: its last tenth is held out
+    python data/text.py corpus/ more.jsonl --encoding gpt2 --out data/mine
+
+Writes text_train_000001.bin ... and text_val_000000.bin ... as `train_gpt2.open_shard` describes them. The held-out
+part is whole documents of a seeded shuffle; the training documents keep that shuffled order.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import sys
+import sysconfig
+import tempfile
+from array import array
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+from train_gpt2 import HEADER_WORDS, SHARD_MAGIC, SHARD_VERSION, Refusal
+
+DEFAULT_FOLDER = HERE / "text"
+UINT16_VALUES = 2**16
+LARGEST_COUNT = 2**31 - 1  # the header holds the token count as int32
+NOT_STANDARD_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idlelib"}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Command line. Raises Refusal for bad input; the shards of an earlier run are then untouched."""
+    options = parse(arguments)
+    folder = options.out
+    encoding = BYTES if options.encoding == "bytes" else gpt2_encoding()
+    try:
+        files = list_files(options.paths) if options.paths else standard_library()
+        folder.mkdir(parents=True, exist_ok=True)
+        # In the output folder because that is where there is room, and opened first because that shows, before a
+        # long reading, that the folder can be written to.
+        with tempfile.TemporaryFile(dir=folder) as spool:
+            corpus = list_documents(files, spool)
+            training, held_out, documents = split(corpus, options.val_fraction, options.seed)
+            with tqdm(total=documents, desc="writing", unit=" documents", disable=None) as progress:
+                parts = {"text_val": (0, held_out), "text_train": (1, training)}
+                counts = write_parts(parts, folder, encoding, options.shard_tokens, progress)
+    except OSError as error:
+        raise Refusal(f"cannot go on at {error.filename or folder}: {error.strerror}; mend that or name another folder "
+                      "with --out") from None
+    for reason, files_skipped in sorted(corpus.skipped.items()):
+        print(f"skipped {files_skipped:,} files: {reason}")
+    where = shown(folder)
+    print(f"{documents:,} document{'s' if documents > 1 else ''}: {counts['text_train']:,} training and "
+          f"{counts['text_val']:,} validation tokens in {where}; train on them with:")
+    print(f"python {shlex.quote(shown(HERE.parent / 'train_gpt2.py'))} --preset tiny "
+          f"--train-files {shlex.quote(where + '/text_train_*.bin')} "
+          f"--val-files {shlex.quote(where + '/text_val_*.bin')}")
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("paths", nargs="*", type=Path, metavar="PATH",
+                        help="text files, folders, .jsonl or .parquet (default: the Python standard library)")
+    parser.add_argument("--out", type=Path, default=DEFAULT_FOLDER, metavar="DIR",
+                        help="folder of the shards (default text beside this script)")
+    parser.add_argument("--encoding", choices=["bytes", "gpt2"], default="bytes",
+                        help="bytes: vocabulary 257, needs no download; gpt2: vocabulary 50257 (default bytes)")
+    parser.add_argument("--val-fraction", default=0.1, metavar="F",
+                        type=number("--val-fraction", float, lambda value: 0 < value < 1, "a fraction between 0 and 1"),
+                        help="part of the documents to hold out; of a single one, its last characters (default 0.1)")
+    parser.add_argument("--seed", default=0, metavar="S",
+                        type=number("--seed", int, lambda value: value >= 0, "a whole number from 0"),
+                        help="of the shuffle (default 0)")
+    parser.add_argument("--shard-tokens", default=100_000_000, metavar="N",
+                        type=number("--shard-tokens", int, lambda value: 1 <= value <= LARGEST_COUNT,
+                                    f"1 to {LARGEST_COUNT}"),
+                        help="largest shard, in tokens (default 100000000)")
+    return parser.parse_args(arguments)
+
+
+def number(option: str, kind: type, fits: Callable[[float], bool], expected: str) -> Callable[[str], float]:
+    """A reader of one numeric option, for argparse. It raises Refusal for what does not fit."""
+
+    def read(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not fits(value):
+            raise Refusal(f"{option} is {text!r}, expected {expected}; "
+                          f"see: python {shown(Path(__file__).resolve())} --help")
+        return value
+
+    return read
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Paths to files. In: what the command line names. Out: regular files in a fixed order, each once.
+
+
+def list_files(paths: Iterable[Path]) -> list[Path]:
+    """The files of `paths`, those of a folder in sorted order. Raises Refusal for a path that is not there."""
+    found = {}
+    for path in paths:
+        if path.is_dir():
+            members = walk(path)
+        elif path.is_file():
+            members = [path]
+        else:
+            raise Refusal(f"{path} is {'no file or folder' if path.exists() else 'not there'}, expected text files, "
+                          f"folders, .jsonl or .parquet; look with: ls {shlex.quote(str(path.parent))}")
+        for member in members:
+            # A file named twice must not stand in the training and in the validation part.
+            found.setdefault(os.path.realpath(member), member)
+    return list(found.values())
+
+
+def walk(folder: Path, leave_out: frozenset[str] | set[str] = frozenset()) -> Iterator[Path]:
+    """Regular files below `folder`, sorted; folders named in `leave_out` are not entered."""
+    for parent, folders, names in os.walk(folder):
+        folders[:] = sorted(set(folders) - leave_out)
+        for name in sorted(names):
+            if os.path.isfile(path := os.path.join(parent, name)):  # a pipe or socket would block the reading
+                yield Path(path)
+
+
+def standard_library() -> list[Path]:
+    folder = Path(sysconfig.get_paths()["stdlib"])
+    return [path for path in walk(folder, NOT_STANDARD_LIBRARY) if path.suffix == ".py"]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Files to documents. In: files. Out: one pair of integers for each document, so that a corpus larger than memory can
+# be shuffled, and `text`, which reads one document at a time.
+
+
+class Corpus(NamedTuple):
+    """Where each document begins. `source` (documents) indexes `files`; `offset` (documents) is in bytes, within the
+    file for .jsonl and within `spool` for .parquet; `skipped` counts files by the reason they were left out."""
+
+    files: list[Path]
+    spool: BinaryIO
+    source: array
+    offset: array
+    skipped: Counter
+
+    def text(self, document: int) -> str:
+        """One whole document. Raises OSError when its file has gone since it was listed."""
+        path, offset = self.files[self.source[document]], self.offset[document]
+        kind = path.suffix.lower()
+        if kind == ".parquet":
+            self.spool.seek(offset)
+            return json.loads(self.spool.readline())["text"]
+        if kind == ".jsonl":
+            with open(path, "rb") as lines:
+                lines.seek(offset)
+                return json.loads(lines.readline())["text"]
+        return path.read_bytes().decode()
+
+
+def list_documents(files: list[Path], spool: BinaryIO) -> Corpus:
+    """Read every file once and note where its documents begin; empty ones are left out. Raises Refusal for a record
+    without text and when nothing is left, OSError for a record file that cannot be read."""
+    corpus = Corpus(files, spool, array("l"), array("q"), Counter())
+    first_skipped = None
+    with tqdm(total=sum(os.path.getsize(path) for path in files), desc="reading", unit="B", unit_scale=True,
+              disable=None) as progress:
+        for index, path in enumerate(files):
+            kind = path.suffix.lower()
+            if kind == ".jsonl":
+                offsets = jsonl_offsets(path, progress)
+            elif kind == ".parquet":
+                offsets = parquet_offsets(path, spool)
+                progress.update(os.path.getsize(path))
+            else:
+                reason, offsets = why_not_text(path), [0]
+                progress.update(os.path.getsize(path))
+                if reason:
+                    first_skipped = first_skipped or f" (first: {path}, {reason})"
+                    corpus.skipped[reason] += 1
+                    continue
+            for offset in offsets:
+                corpus.source.append(index)
+                corpus.offset.append(offset)
+    if not corpus.source:
+        raise Refusal(f"no text found in {len(files)} files{first_skipped or ''}; expected UTF-8 text, .jsonl or "
+                      ".parquet; another encoding is changed with: iconv -f LATIN1 -t UTF-8")
+    return corpus
+
+
+def why_not_text(path: Path) -> str:
+    """Why a file is left out, or an empty string for UTF-8 text."""
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return "not readable"
+    if not content:
+        return "empty"
+    if b"\0" in content:
+        return "not text"
+    try:
+        content.decode()
+    except UnicodeDecodeError:
+        return "not UTF-8"
+    return ""
+
+
+def jsonl_offsets(path: Path, progress: tqdm) -> Iterator[int]:
+    """The byte offset of each record that holds text. Raises Refusal naming the file and line of a bad one."""
+    with open(path, "rb") as lines:
+        offset = 0
+        for position, line in enumerate(lines, 1):
+            if line.strip():
+                try:
+                    record = json.loads(line)
+                except ValueError as error:
+                    raise Refusal(f"{path} line {position} is not JSON: {error}; look with: "
+                                  f"sed -n {position}p {shlex.quote(str(path))}") from None
+                text = record.get("text") if isinstance(record, dict) else None
+                if fault := why_not_string(text):
+                    raise Refusal(f"{path} line {position} {fault}, expected {{\"text\": \"...\"}}; look with: "
+                                  f"sed -n {position}p {shlex.quote(str(path))}")
+                if text:
+                    yield offset
+            offset += len(line)
+            progress.update(len(line))
+
+
+def parquet_offsets(path: Path, spool: BinaryIO) -> Iterator[int]:
+    """Copy the column `text` to `spool` as JSON lines and yield their byte offsets. Raises Refusal without pyarrow,
+    without the column, and for a row without text."""
+    try:
+        import pyarrow
+        from pyarrow.parquet import ParquetFile
+    except ImportError:
+        raise Refusal(f"{path} needs the package pyarrow to be read: pip install pyarrow") from None
+    try:
+        with ParquetFile(path) as table:
+            if "text" not in (columns := table.schema_arrow.names):
+                raise Refusal(f"{path} has no column text, only {', '.join(columns)}; rename the one that holds text")
+            # One record of Parquet costs the decoding of its whole row group, too much for reading in shuffled order.
+            batches = table.iter_batches(batch_size=256, columns=["text"])
+            for row, text in enumerate(text for batch in batches for text in batch.column(0).to_pylist()):
+                if fault := why_not_string(text):
+                    raise Refusal(f"{path} row {row} {fault}, expected a string; leave such rows out of it")
+                if text:
+                    yield spool.tell()
+                    spool.write(json.dumps({"text": text}).encode() + b"\n")
+    except pyarrow.ArrowException as error:
+        raise Refusal(f"{path} cannot be read as Parquet: {' '.join(str(error).split())}; write it again") from None
+
+
+def why_not_string(text: object) -> str:
+    """Why a record's text cannot be used, or an empty string. JSON can escape half a surrogate pair, UTF-8 cannot."""
+    if not isinstance(text, str):
+        return f"has {type(text).__name__} for text" if text is not None else "has no text"
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return "holds half a surrogate pair"
+    return ""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Documents to two parts. In: the corpus. Out: iterators over the texts of the training and the held-out part.
+
+
+def split(corpus: Corpus, fraction: float, seed: int) -> tuple[Iterable[str], Iterable[str], int]:
+    """(training texts, held-out texts, number of documents). Whole documents are held out, at least one and never
+    all; a single document is cut by characters. Raises Refusal when a cut leaves a part empty."""
+    documents = len(corpus.source)
+    if documents == 1:
+        text = corpus.text(0)
+        cut = int(len(text) * (1 - fraction))
+        if not 0 < cut < len(text):
+            raise Refusal(f"one document of {len(text)} characters leaves the {'validation' if cut else 'training'} "
+                          f"part empty at --val-fraction {fraction:g}; give more text or another fraction")
+        return [text[:cut]], [text[cut:]], 1
+    order = np.random.default_rng(seed).permutation(documents)
+    kept = documents - min(max(round(documents * fraction), 1), documents - 1)
+    return map(corpus.text, order[:kept]), map(corpus.text, order[kept:]), documents
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Texts to tokens. Out: uint16 (T,) for each text, without its separator.
+
+
+class Encoding(NamedTuple):
+    """`encode` maps a text to uint16 (T,) tokens below `vocabulary`, none of them `separator`."""
+
+    vocabulary: int
+    separator: int
+    encode: Callable[[str], np.ndarray]
+
+
+BYTES = Encoding(257, 256, lambda text: np.frombuffer(text.encode(), np.uint8).astype("<u2"))
+
+
+def gpt2_encoding() -> Encoding:
+    """Raises Refusal when the encoding cannot be had or its ids do not fit the shards."""
+    try:
+        import tiktoken
+    except ImportError:
+        raise Refusal("the package tiktoken is missing, expected by --encoding gpt2: pip install tiktoken") from None
+    try:
+        gpt2 = tiktoken.get_encoding("gpt2")
+    except Exception as error:  # noqa: BLE001  the loader lets its HTTP library's errors through
+        raise Refusal(f"cannot load the GPT-2 encoding: {' '.join(str(error).split())[:200]}; run once with a network, "
+                      "set TIKTOKEN_CACHE_DIR to a folder that holds it, or take --encoding bytes") from None
+    if gpt2.n_vocab > UINT16_VALUES:
+        raise Refusal(f"the encoding has a vocabulary of {gpt2.n_vocab}, but shards hold 16-bit tokens, expected at "
+                      f"most {UINT16_VALUES}; take --encoding bytes")
+    return Encoding(gpt2.n_vocab, gpt2.eot_token, lambda text: np.array(gpt2.encode_ordinary(text), "<u2"))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tokens to shards. A shard gets its name only when all of them are complete.
+
+
+def write_parts(parts: dict[str, tuple[int, Iterable[str]]], folder: Path, encoding: Encoding, shard_tokens: int,
+                progress: tqdm) -> dict[str, int]:
+    """Write {stem: (first shard number, texts)} and return {stem: tokens}. The shards of an earlier run are replaced
+    only once the new ones are complete; on any error they stay, and nothing else does."""
+    counts, written = {}, []
+    try:
+        for stem, (first, texts) in parts.items():
+            before = len(written)
+            for shard in shards(token_runs(texts, encoding, progress), shard_tokens):
+                name = f"{stem}_{first + len(written) - before:06d}.bin"
+                written.append((folder / f".{name}.partial", folder / name))
+                counts[stem] = counts.get(stem, 0) + write_shard(written[-1][0], shard, encoding)
+        for partial, path in written:
+            os.replace(partial, path)
+    except BaseException:
+        for partial, _ in written:
+            partial.unlink(missing_ok=True)
+        raise
+    # A shard that is left from a longer run would be read together with the new ones.
+    new = {path for _, path in written}
+    for stem in parts:
+        for path in [*folder.glob(f"{stem}_??????.bin"), *folder.glob(f".{stem}_??????.bin.partial")]:
+            if path not in new:
+                path.unlink()
+    return counts
+
+
+def token_runs(texts: Iterable[str], encoding: Encoding, progress: tqdm) -> Iterator[np.ndarray]:
+    """uint16 (1 + T,) for each text: the separator, then its tokens."""
+    for text in texts:
+        yield np.concatenate([np.array([encoding.separator], "<u2"), encoding.encode(text)])
+        progress.update()
+
+
+def shards(runs: Iterator[np.ndarray], limit: int) -> Iterator[Iterator[np.ndarray]]:
+    """Group runs of tokens into shards of exactly `limit` tokens, the last one shorter. A document that does not fit
+    goes on in the next shard, because the shards are read as one stream. Each group must be used up before the next."""
+    rest = next(runs, None)
+
+    def shard() -> Iterator[np.ndarray]:
+        nonlocal rest
+        room = limit
+        while rest is not None and room:
+            piece, rest = rest[:room], rest[room:]
+            room -= len(piece)
+            yield piece
+            if not len(rest):
+                rest = next(runs, None)
+
+    while rest is not None:
+        yield shard()
+
+
+def write_shard(path: Path, pieces: Iterator[np.ndarray], encoding: Encoding) -> int:
+    """Write one shard file and return its tokens. The header comes last, when the count is known, so that a file
+    that was cut off cannot pass for a whole one."""
+    header = np.zeros(HEADER_WORDS, "<i4")
+    count = 0
+    with open(path, "wb", buffering=1 << 20) as file:
+        file.write(header.tobytes())
+        for piece in pieces:
+            file.write(piece.tobytes())
+            count += len(piece)
+        header[:5] = SHARD_MAGIC, SHARD_VERSION, count, encoding.vocabulary, encoding.separator
+        file.seek(0)
+        file.write(header.tobytes())
+    return count
+
+
+def shown(path: Path) -> str:
+    """A path as short as it can be typed in the current folder."""
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+
+
+if __name__ == "__main__":
+    main()
