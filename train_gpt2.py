@@ -1,4 +1,4 @@
-"""Train a GPT-2-class language model to 3.28 validation loss on FineWeb: five minutes on 8 H100s, unchanged on a laptop.
+"""Train a GPT-2-class model to 3.28 validation loss on FineWeb: in five minutes on 8 H100s, unchanged on a laptop.
 
     torchrun --standalone --nproc_per_node=8 train_gpt2.py     # the five-minute recipe: 124M, Muon, FlexAttention
     python train_gpt2.py --preset tiny                         # a small model through the same code, on a CPU
@@ -48,8 +48,8 @@ class Refusal(SystemExit):
     """Bad input. Carries one line: what was found, what was expected, the command that mends it. Exit status 1."""
 
 
-def setting(default, unit: str, reason: str):
-    return field(default=default, metadata={"unit": unit, "reason": reason})
+def setting(default, unit: str, reason: str, low: float = 0, high: float = math.inf):
+    return field(default=default, metadata={"unit": unit, "reason": reason, "low": low, "high": high})
 
 
 @dataclass(frozen=True)
@@ -62,23 +62,23 @@ class Config:
     val_files: str = setting("data/fineweb10B/fineweb_val_*.bin", "glob", "validation shards")
     repeat: bool = setting(False, "true|false", "start over when the training shards are used up")
     # how much at a time
-    steps: int = setting(1875, "updates", "length of the run; schedules stretch with it")
-    tokens_per_step: int = setting(524_288, "tokens", "batch of one update, over all processes")
-    row_tokens: int = setting(65_536, "tokens", "packed sequence that attention sees at once")
-    micro_tokens: int = setting(0, "tokens", "whole rows per forward pass; 0: what fits 65,536 (on a CPU 4,096)")
+    steps: int = setting(1875, "updates", "length of the run; schedules stretch with it", 1)
+    tokens_per_step: int = setting(524_288, "tokens", "batch of one update, over all processes", 1)
+    row_tokens: int = setting(65_536, "tokens", "packed sequence that attention sees at once", 1)
+    micro_tokens: int = setting(0, "tokens", "whole rows per forward pass; 0: up to 65,536 tokens (on a CPU 4,096)")
     recompute: bool = setting(False, "true|false", "recompute block activations in backward, for small memories")
-    loss_chunk: int = setting(8192, "tokens", "logits held at once by the loss")
+    loss_chunk: int = setting(8192, "tokens", "logits held at once by the loss", 1)
     # how it is judged
     val_every: int = setting(125, "updates", "distance between validations; 0: only the first and the last")
-    val_tokens: int = setting(10_485_760, "tokens", "validation tokens, always the first ones of the shards")
+    val_tokens: int = setting(10_485_760, "tokens", "validation tokens, always the first ones of the shards", 1)
     # the model
-    layers: int = setting(12, "count", "transformer blocks")
-    heads: int = setting(6, "count", "attention heads")
-    width: int = setting(768, "channels", "residual stream")
-    mlp_ratio: int = setting(4, "times width", "hidden channels of the MLP")
-    window: int = setting(1024, "tokens", "how many keys a query sees, itself included")
-    window_start: int = setting(1024, "tokens", "window at step 0, growing in steps of 64; equal to window: constant")
-    rotary_base: float = setting(10_000.0, "-", "slowest rotary wavelength / 2 pi")
+    layers: int = setting(12, "count", "transformer blocks", 1)
+    heads: int = setting(6, "count", "attention heads", 1)
+    width: int = setting(768, "channels", "residual stream", 2)
+    mlp_ratio: int = setting(4, "times width", "hidden channels of the MLP", 1)
+    window: int = setting(1024, "tokens", "how many keys a query sees, itself included", 1)
+    window_start: int = setting(1024, "tokens", "window at step 0, growing by 64s; equal to window: constant", 1)
+    rotary_base: float = setting(10_000.0, "-", "slowest rotary wavelength / 2 pi", 1)
     rms_epsilon: float = setting(2.0**-7, "-", "added to the mean square; 2^-7 is bf16's epsilon, as in record 12")
     qk_norm: bool = setting(True, "true|false", "normalise queries and keys per head: attention logits stay bounded")
     softcap: float = setting(30.0, "logits", "squash logits to +-softcap, against over-confidence; 0: off")
@@ -87,33 +87,32 @@ class Config:
     unet_skips: bool = setting(True, "true|false", "feed the first half's outputs to the second half, mirrored")
     # the optimizers
     muon_lr: float = setting(0.04, "-", "block matrices: step length in units of an orthogonal matrix")
-    muon_momentum: float = setting(0.95, "-", "momentum of Muon after its warm-up")
-    muon_momentum_start: float = setting(0.85, "-", "momentum of Muon at step 0; equal to muon_momentum: no warm-up")
-    momentum_warmup: float = setting(500 / 1875, "of steps", "length of the momentum warm-up")
-    newton_schulz_steps: int = setting(5, "count", "iterations that orthogonalise an update; 0: plain momentum")
+    muon_momentum: float = setting(0.95, "-", "momentum of Muon after its warm-up", 0, 0.9999)
+    muon_momentum_start: float = setting(0.85, "-", "momentum at step 0; equal to muon_momentum: no warm-up", 0, 0.9999)
+    momentum_warmup: float = setting(500 / 1875, "of steps", "length of the momentum warm-up", 0, 1)
+    newton_schulz_steps: int = setting(5, "count", "iterations that orthogonalise an update; 0: only scale it")
     embed_lr: float = setting(0.6, "-", "Adam, token embedding")
     head_lr: float = setting(0.008, "-", "Adam, output head")
     scalar_lr: float = setting(0.04, "-", "Adam, mixing weights of shortcuts and skips")
-    adam_beta1: float = setting(0.9, "-", "Adam, decay of the mean")
-    adam_beta2: float = setting(0.95, "-", "Adam, decay of the squares")
+    adam_beta1: float = setting(0.9, "-", "Adam, decay of the mean", 0, 0.9999)
+    adam_beta2: float = setting(0.95, "-", "Adam, decay of the squares", 0, 0.9999)
     adam_epsilon: float = setting(1e-8, "-", "Adam, added to the root of the bias-corrected squares")
-    cooldown: float = setting(562 / 1875, "of steps", "last part of the run, learning rates linear to zero; 0: none")
+    cooldown: float = setting(562 / 1875, "of steps", "last part of the run, rates linear to zero; 0: none", 0, 1)
     # the machine
     seed: int = setting(0, "-", "seed of the initial weights")
     device: str = setting("auto", "auto|cpu|cuda", "auto: the GPU if there is one")
-    dtype: str = setting("auto", "|".join(("auto", "bfloat16", "float32", "float64")),
-                         "auto: bfloat16 where the hardware multiplies it fast, else float32")
+    dtype: str = setting("auto", "auto|bfloat16|float32|float64", "auto: bfloat16 where the hardware is made for it")
     compile: str = setting("auto", "auto|none", "auto: torch.compile with FlexAttention on a GPU, eager on a CPU")
     out: str = setting("logs", "folder", "where the run's own folder is made")
 
 
 PRESETS = {
     "five-minute": {},
-    "tiny": dict(
-        train_files="data/text/text_train_*.bin", val_files="data/text/text_val_*.bin",
-        steps=240, tokens_per_step=4096, row_tokens=512, val_every=20,
-        layers=6, heads=4, width=256, window=256, window_start=256,
-    ),
+    "tiny": {
+        "train_files": "data/text/text_train_*.bin", "val_files": "data/text/text_val_*.bin",
+        "steps": 240, "tokens_per_step": 4096, "row_tokens": 512, "val_every": 20,
+        "layers": 6, "heads": 4, "width": 256, "window": 256, "window_start": 256,
+    },
 }
 
 
@@ -123,71 +122,61 @@ def parse_command_line(arguments: list[str]) -> Config:
     while words:
         flag, equals, value = words.pop(0).partition("=")
         if flag in ("-h", "--help"):
-            print_help(given.get("preset", "five-minute"))
+            print_help(given.get("preset", Config.preset))
             raise SystemExit(0)
         name = flag.removeprefix("--").replace("-", "_")
         if not flag.startswith("--") or name not in options:
-            near = difflib.get_close_matches(name, options, n=1, cutoff=0.0)[0].replace("_", "-")
-            raise Refusal(f"unknown option {flag}; the nearest is --{near} (python train_gpt2.py --help lists all)")
+            raise Refusal(f"unknown option {flag}; the nearest is --{nearest(name, options).replace('_', '-')} "
+                          "(python train_gpt2.py --help lists all)")
         if name in given:
             raise Refusal(f"{flag} is given twice; give it once")
-        if not equals:
-            if not words:
-                raise Refusal(f"{flag} needs a value: {flag} {options[name].default}")
-            value = words.pop(0)
-        given[name] = parse_value(flag, value, options[name])
-    preset = given.get("preset", "five-minute")
+        if not equals and not words:
+            raise Refusal(f"{flag} needs a value: {flag} {options[name].default}")
+        given[name] = parse_value(flag, value if equals else words.pop(0), options[name])
+    preset = given.get("preset", Config.preset)
     config = Config(**{**PRESETS[preset], **given, "preset": preset})
-    if "window" in given and "window_start" not in given:  # a constant window stays constant when it is changed
+    if "window_start" not in given:  # a window that was constant stays constant when it is changed
         config = dataclasses.replace(config, window_start=min(config.window_start, config.window))
     check_config(config)
     return config
 
 
+def nearest(word: str, words) -> str:
+    return difflib.get_close_matches(word.lower(), words, n=1, cutoff=0.0)[0]
+
+
 def parse_value(flag: str, text: str, option: dataclasses.Field):
-    """The text as the option's type; one of its words where the unit lists them (`auto|none`). Raises Refusal."""
+    """The text as the option's type, within its range or among its words (`auto|none`). Raises Refusal."""
     words = list(PRESETS) if option.name == "preset" else option.metadata["unit"].split("|")
     if option.name == "preset" or len(words) > 1:
         if text not in words:
-            near = difflib.get_close_matches(text.lower(), words, n=1, cutoff=0.0)[0]
-            raise Refusal(f"{flag} {text} is not one of {', '.join(words)}; the nearest is {flag} {near}")
+            raise Refusal(f"{flag} {text} is not one of {', '.join(words)}; "
+                          f"the nearest is {flag} {nearest(text, words)}")
         return text == "true" if option.type is bool else text
+    low, high = option.metadata["low"], option.metadata["high"]
     try:
-        return option.type(text)
+        value = option.type(text)
     except ValueError:
+        value = math.nan
+    if option.type in (int, float) and not (low <= value <= high and math.isfinite(value)):
         kind = {int: "a whole number", float: "a number"}[option.type]
-        raise Refusal(f"{flag} {text!r} is not {kind}; for example {flag} {option.default}") from None
+        bounds = f"from {low} to {high}" if high < math.inf else f"of at least {low}"
+        raise Refusal(f"{flag} {text} is not {kind} {bounds}; for example {flag} {option.default}")
+    return value
 
 
 def check_config(config: Config) -> None:
-    """Raises Refusal for values that cannot work, each with the nearest value that does."""
-    def nearest(name: str, unit: int) -> str:
-        value = max(1, round(getattr(config, name) / unit)) * unit
-        return f"the nearest is --{name.replace('_', '-')} {value}"
+    """Raises Refusal for combinations that cannot work, each with the nearest value that does."""
+    def must_divide(name: str, unit: int, what: str) -> None:
+        value, flag = getattr(config, name), "--" + name.replace("_", "-")
+        if value % unit:
+            raise Refusal(f"{flag} {value} is not a whole number of {what} ({unit}); "
+                          f"the nearest is {flag} {max(1, round(value / unit)) * unit}")
 
-    for f in fields(config):
-        value, flag = getattr(config, f.name), "--" + f.name.replace("_", "-")
-        may_be_zero = f.name in ("micro_tokens", "val_every", "seed", "softcap", "newton_schulz_steps", "momentum_warmup",
-                                 "cooldown", "muon_momentum", "muon_momentum_start", "adam_beta1", "adam_beta2",
-                                 "muon_lr", "embed_lr", "head_lr", "scalar_lr", "adam_epsilon", "rms_epsilon")
-        if f.type in (int, float) and not (math.isfinite(value) and (value > 0 or value == 0 and may_be_zero)):
-            raise Refusal(f"{flag} {value} is out of range: expected {'0 or more' if may_be_zero else 'more than 0'}, "
-                          f"for example {flag} {f.default}")
-        share = f.metadata["unit"] == "of steps" or f.name.startswith(("muon_momentum", "adam_beta"))
-        if share and not value <= (1 if f.metadata["unit"] == "of steps" else 0.9999):
-            raise Refusal(f"{flag} {value} is out of range: expected a fraction below 1, for example {flag} {f.default}")
-    if config.row_tokens % MASK_BLOCK:
-        raise Refusal(f"--row-tokens {config.row_tokens} is no multiple of the mask block of {MASK_BLOCK} tokens; "
-                      + nearest("row_tokens", MASK_BLOCK))
-    if config.tokens_per_step % config.row_tokens:
-        raise Refusal(f"--tokens-per-step {config.tokens_per_step} is not a whole number of rows of "
-                      f"{config.row_tokens} tokens; " + nearest("tokens_per_step", config.row_tokens))
-    if config.micro_tokens % config.row_tokens:
-        raise Refusal(f"--micro-tokens {config.micro_tokens} is not a whole number of rows of {config.row_tokens} "
-                      "tokens; " + nearest("micro_tokens", config.row_tokens))
-    if config.width % (2 * config.heads):
-        raise Refusal(f"--width {config.width} does not split into {config.heads} heads of even size; "
-                      + nearest("width", 2 * config.heads))
+    must_divide("row_tokens", MASK_BLOCK, "mask blocks")
+    must_divide("tokens_per_step", config.row_tokens, "rows")
+    must_divide("micro_tokens", config.row_tokens, "rows")
+    must_divide("width", 2 * config.heads, "heads of even size")
     if config.window_start > config.window:
         raise Refusal(f"--window-start {config.window_start} exceeds --window {config.window}; "
                       f"the nearest is --window-start {config.window}")
@@ -201,8 +190,8 @@ def rows_per_micro(config: Config, world: int, device: torch.device) -> int:
     rows = config.tokens_per_step // config.row_tokens
     if rows % world:
         near = max(n for n in range(1, world + 1) if rows % n == 0)
-        raise Refusal(f"{world} processes cannot share {rows} rows per step evenly; start {near} (--nproc_per_node={near})"
-                      f" or give --tokens-per-step {math.ceil(rows / world) * world * config.row_tokens}")
+        raise Refusal(f"{world} processes cannot share {rows} rows per step; the nearest is --nproc_per_node={near}, "
+                      f"or --tokens-per-step {math.ceil(rows / world) * world * config.row_tokens}")
     share = rows // world
     wanted = config.micro_tokens // config.row_tokens
     if not wanted:
@@ -210,14 +199,15 @@ def rows_per_micro(config: Config, world: int, device: torch.device) -> int:
         return max(n for n in range(1, share + 1) if share % n == 0 and n <= most)
     if share % wanted:
         near = max(n for n in range(1, share + 1) if share % n == 0 and n <= wanted)
-        raise Refusal(f"--micro-tokens {config.micro_tokens} is {wanted} rows, which do not divide the {share} rows that "
-                      f"each of {world} processes has per step; the nearest is --micro-tokens {near * config.row_tokens}")
+        raise Refusal(f"--micro-tokens {config.micro_tokens} is {wanted} rows, which do not divide the {share} rows of "
+                      f"a step in each of {world} processes; the nearest is --micro-tokens {near * config.row_tokens}")
     return wanted
 
 
 def print_help(preset: str) -> None:
     values = Config(**{**PRESETS[preset], "preset": preset})
-    print(__doc__.split("\n\nThe file")[0] + f"\n\nSettings (defaults of --preset {preset}; presets: {', '.join(PRESETS)}):\n")
+    print(__doc__.split("\n\nThe file")[0])
+    print(f"\nSettings, with the defaults of --preset {preset} (presets: {', '.join(PRESETS)}):\n")
     for f in fields(Config):
         value = str(getattr(values, f.name)).lower() if f.type is bool else getattr(values, f.name)
         value = f"{value:.6g}" if f.type is float else value
@@ -252,7 +242,8 @@ def start_processes(config: Config) -> Processes:
             reason = "it was built without CUDA" if torch.version.cuda is None else (
                 f"it was built for CUDA {torch.version.cuda} and finds no usable device (driver too old, or "
                 f"CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', 'unset')})")
-            raise Refusal(f"{found}: {reason}; install the CUDA build (pip install -r requirements.txt) or give --device cpu")
+            raise Refusal(f"{found}: {reason}; install the CUDA build (pip install -r requirements.txt) or give "
+                          "--device cpu")
         if local >= torch.cuda.device_count():
             raise Refusal(f"process {local} of this machine has no GPU: torch sees {torch.cuda.device_count()}; "
                           f"start with --nproc_per_node={torch.cuda.device_count()}")
@@ -277,7 +268,8 @@ def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
     """The dtype of activations, and of tables and Newton-Schulz. Master weights are at least float32."""
     if config.dtype != "auto":
         return getattr(torch, config.dtype)
-    fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
+    on_gpu = device.type == "cuda"
+    fast = torch.cuda.is_bf16_supported(including_emulation=False) if on_gpu else torch.cpu._is_avx512_bf16_supported()
     return torch.bfloat16 if fast else torch.float32
 
 
@@ -339,7 +331,8 @@ def read_tokens(shard: Shard, start: int, count: int) -> np.ndarray:
     try:
         tokens = np.fromfile(shard.path, "<u2", count, offset=4 * HEADER_WORDS + 2 * start)
     except OSError as error:
-        raise Refusal(f"shard {shard.path} can no longer be read: {error.strerror}; {shard_command(shard.path)}") from None
+        raise Refusal(f"shard {shard.path} can no longer be read: {error.strerror}; write it again: "
+                      f"{shard_command(shard.path)}") from None
     if len(tokens) < count:
         raise Refusal(f"shard {shard.path} ends at token {start + len(tokens)} of {shard.tokens}: it was cut after the "
                       f"start; write it again: rm {shard.path} && {shard_command(shard.path)}")
@@ -397,7 +390,7 @@ class Batch(NamedTuple):
 
 
 def read_rows(stream: TokenStream, position: int, rows: int, row_tokens: int, end: int) -> Batch:
-    """Consecutive rows from `position` on, in host memory. Inputs at `end` or later have no target: a ragged last row."""
+    """Consecutive rows from `position` on, in host memory. Inputs from `end` on have no target: a ragged last row."""
     count = max(0, min(rows * row_tokens, end - position))
     tokens, starts = stream.read(position, count + 1 if count else 0)
     inputs, targets = np.zeros(rows * row_tokens, np.int32), np.full(rows * row_tokens, -1, np.int64)
@@ -647,7 +640,8 @@ class GPT(nn.Module):
     def loss(self, batch: Batch, mask: BlockMask | list[Span]) -> Tensor:
         """Sum, not mean, of the cross-entropies of all targets, in nats, 0-dimensional, at least float32."""
         hidden, targets = self(batch.inputs, mask).flatten(0, 1), batch.targets.flatten()
-        return ChunkedLoss.apply(hidden, self.head, targets, self.config, self.loss_of_chunk, torch.is_grad_enabled())
+        return ChunkedLoss.apply(hidden, self.head, targets, self.config, self.loss_of_chunk,
+                                 torch.is_grad_enabled())
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., D) -> (..., vocabulary), capped, at least float32; the padding columns are left out."""
@@ -687,7 +681,8 @@ class ChunkedLoss(torch.autograd.Function):
     """Sum of cross-entropies over chunks of config.loss_chunk tokens; targets of -1 count nothing."""
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, head: Tensor, targets: Tensor, config: Config, loss_of_chunk, with_gradient: bool) -> Tensor:
+    def forward(ctx, hidden: Tensor, head: Tensor, targets: Tensor, config: Config, loss_of_chunk,
+                with_gradient: bool) -> Tensor:
         narrow_head = head.to(hidden.dtype)
         total = torch.zeros((), dtype=at_least_float32(hidden.dtype), device=hidden.device)
         hidden_slopes, head_slope = [], torch.zeros_like(head) if with_gradient else None
@@ -720,8 +715,9 @@ class Group:
     reduction starts by itself in the backward pass, as soon as the last gradient of the group has arrived.
     """
 
-    def __init__(self, name: str, parameters: list[nn.Parameter], item: int, learning_rate: float, processes: Processes):
-        """item: how many trailing axes stay whole when the tensor is sliced: 2 for matrices, 1 for rows, 0 for scalars."""
+    def __init__(self, name: str, parameters: list[nn.Parameter], item: int, learning_rate: float,
+                 processes: Processes):
+        """item: how many trailing axes stay whole when it is sliced: 2 for matrices, 1 for rows, 0 for scalars."""
         self.name, self.parameters, self.learning_rate, self.processes = name, parameters, learning_rate, processes
         pieces = [p.data.reshape(-1, *p.shape[p.dim() - item:]) for p in parameters]
         length, world = sum(map(len, pieces)), processes.world
@@ -801,8 +797,8 @@ def muon_update(weight: Tensor, gradient: Tensor, momentum: Tensor, scale: Tenso
     weight.sub_(newton_schulz(look_ahead, steps, dtype) * (scale * rate))
 
 
-def adam_update(weight: Tensor, gradient: Tensor, mean: Tensor, square: Tensor, rate: Tensor, beta1: float, beta2: float,
-                epsilon: float, count: Tensor) -> None:
+def adam_update(weight: Tensor, gradient: Tensor, mean: Tensor, square: Tensor, rate: Tensor, beta1: float,
+                beta2: float, epsilon: float, count: Tensor) -> None:
     """Adam in place; arithmetic in at least float32 whatever the storage, epsilon outside the corrected root."""
     wide = at_least_float32(weight.dtype)
     gradient = gradient.to(wide)
@@ -815,8 +811,8 @@ def adam_update(weight: Tensor, gradient: Tensor, mean: Tensor, square: Tensor, 
 class Muon(Group):
     """Matrices of one shape, orthogonalised as one batch. State: one momentum buffer for this process's matrices."""
 
-    def __init__(self, name: str, parameters: list[nn.Parameter], scales: list[float], config: Config, dtype: torch.dtype,
-                 processes: Processes):
+    def __init__(self, name: str, parameters: list[nn.Parameter], scales: list[float], config: Config,
+                 dtype: torch.dtype, processes: Processes):
         """scales: for each matrix of a parameter, in order, the factor on its update."""
         super().__init__(name, parameters, 2, config.muon_lr, processes)
         self.config, self.dtype, self.update_matrices = config, dtype, muon_update
@@ -918,7 +914,7 @@ def momentum_schedule(step: int, config: Config) -> float:
 
 
 def window_schedule(step: int, config: Config) -> int:
-    """Attention window in tokens, growing over the run in steps of 64: early on, near context is what can be learned."""
+    """Attention window in tokens, growing over the run in steps of 64: what is near is learned first (record 13)."""
     if config.window_start == config.window:
         return config.window
     grown = config.window_start + (config.window - config.window_start) * min(1.0, step / config.steps)
@@ -1011,8 +1007,8 @@ class RunLog:
             self.text = open(folder / "log.txt", "w", buffering=1, encoding="utf-8")
             self.metrics = open(folder / "metrics.jsonl", "w", buffering=1, encoding="utf-8")
         except OSError as error:
-            raise Refusal(f"cannot write the run folder {folder}: {error.strerror}; give a writable one with --out FOLDER"
-                          ) from None
+            raise Refusal(f"cannot write the run folder {folder}: {error.strerror}; name a writable place with --out "
+                          "FOLDER") from None
         self.folder = folder
         self.text.write(Path(__file__).read_text(encoding="utf-8") + "\n" + "=" * 100 + "\n")
         if sys.stderr.isatty():
@@ -1080,7 +1076,8 @@ def flops_per_token(config: Config, vocabulary: int) -> float:
     return 6 * matrices + 12 * config.layers * config.width * keys
 
 
-def utilisation(config: Config, vocabulary: int, tokens_per_second: float, processes: Processes, dtype: torch.dtype) -> str:
+def utilisation(config: Config, vocabulary: int, tokens_per_second: float, processes: Processes,
+                dtype: torch.dtype) -> str:
     """Share of the GPUs' peak that the model's arithmetic uses; "unknown" where the peak is."""
     name = torch.cuda.get_device_name(processes.device) if processes.device.type == "cuda" else ""
     peak = next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
@@ -1092,15 +1089,16 @@ def utilisation(config: Config, vocabulary: int, tokens_per_second: float, proce
 def save_model(path: Path, model: GPT, stream: TokenStream, step: int, val_loss: float) -> None:
     """Weights and plain values, for `torch.load(weights_only=True)`; a temporary name until it is whole."""
     partial = path.with_suffix(".partial")
-    torch.save({"config": dataclasses.asdict(model.config), "vocabulary": stream.vocabulary, "separator": stream.separator,
-                "dtype": str(model.embedding.dtype).removeprefix("torch."), "step": step, "val_loss": val_loss,
+    torch.save({"config": dataclasses.asdict(model.config), "vocabulary": stream.vocabulary,
+                "separator": stream.separator, "dtype": str(model.embedding.dtype).removeprefix("torch."),
+                "step": step, "val_loss": val_loss,
                 "weights": {name: tensor.cpu().clone() for name, tensor in model.state_dict().items()}}, partial)
     os.replace(partial, path)
 
 
 def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[GPT, dict]:
     """A model that `save_model` wrote, and the values beside it. Raises Refusal for any other file."""
-    expected = f"expected a model.pt written by this train_gpt2.py; train one: python train_gpt2.py --preset tiny"
+    expected = "expected a model.pt written by this train_gpt2.py; train one: python train_gpt2.py --preset tiny"
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         config = Config(**saved["config"])
@@ -1109,7 +1107,8 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[GP
     except OSError as error:
         raise Refusal(f"cannot read checkpoint {path}: {error.strerror}; {expected}") from None
     except Exception as error:  # whatever the unpickler or the shapes object to
-        raise Refusal(f"{path} does not fit: {str(error).splitlines()[0]} ({type(error).__name__}); {expected}") from None
+        reason = " ".join(str(error).split())[:200]
+        raise Refusal(f"{path} does not fit: {type(error).__name__}, {reason}; {expected}") from None
     return model.to(device), saved
 
 
@@ -1121,16 +1120,18 @@ def open_data(config: Config) -> tuple[TokenStream, TokenStream, int]:
     """Both streams and the number of validation tokens. Raises Refusal before anything is computed or written."""
     train, val = TokenStream(config.train_files), TokenStream(config.val_files)
     if (train.vocabulary, train.separator) != (val.vocabulary, val.separator):
-        raise Refusal(f"training shards have (vocabulary, separator) {train.vocabulary, train.separator}, validation shards "
-                      f"{val.vocabulary, val.separator}; encode both the same way: {shard_command(config.train_files)}")
+        raise Refusal(f"training shards have (vocabulary, separator) {train.vocabulary, train.separator}, validation "
+                      f"shards {val.vocabulary, val.separator}; encode both alike: {shard_command(config.train_files)}")
     needed = config.steps * config.tokens_per_step + 1
     if needed > train.tokens and not config.repeat:
         shards = len(train.shards) + math.ceil((needed - train.tokens) / max(s.tokens for s in train.shards))
         most = (train.tokens - 1) // config.tokens_per_step
-        raise Refusal(f"the run needs {needed:,} training tokens, {config.train_files} holds {train.tokens:,}; get more: "
-                      f"{shard_command(config.train_files, shards)}; or give --repeat true" + f" or --steps {most}" * (most > 0))
+        raise Refusal(f"the run needs {needed:,} training tokens, {config.train_files} holds {train.tokens:,}; get "
+                      f"more: {shard_command(config.train_files, shards)}; or give --repeat true"
+                      + f" or --steps {most}" * (most > 0))
     if val.tokens < 2:
-        raise Refusal(f"{config.val_files} holds {val.tokens} token, expected at least 2; {shard_command(config.val_files)}")
+        raise Refusal(f"{config.val_files} holds {val.tokens} token, expected 2 or more; get them: "
+                      f"{shard_command(config.val_files)}")
     return train, val, min(config.val_tokens, val.tokens - 1)
 
 
@@ -1147,25 +1148,27 @@ def train(config: Config, processes: Processes) -> Path | None:
     groups = optimizer_groups(model, config, dtype, processes)
     share = config.tokens_per_step // config.row_tokens // processes.world  # rows of a step for this process
     log.line(parameter_table(groups))
-    log.line(f"{config.preset}: {config.steps} steps of {config.tokens_per_step:,} tokens in rows of {config.row_tokens:,}; "
-             f"{processes.world} process(es) on {processes.device.type}, {str(dtype)[6:]}, "
+    log.line(f"{config.preset}: {config.steps} steps of {config.tokens_per_step:,} tokens in rows of "
+             f"{config.row_tokens:,}; {processes.world} process(es) on {processes.device.type}, {str(dtype)[6:]}, "
              f"{share // micro_rows} x {micro_rows} rows each")
     if val_tokens < config.val_tokens:
-        log.line(f"notice: the validation shards hold {val_tokens:,} targets, fewer than --val-tokens {config.val_tokens}")
+        log.line(f"notice: validating on all {val_tokens:,} targets of {config.val_files}, fewer than --val-tokens "
+                 f"{config.val_tokens}")
 
     def load(step: int) -> Batch:
         position = step * config.tokens_per_step + processes.rank * share * config.row_tokens
         return read_rows(stream, position, share, config.row_tokens, position + share * config.row_tokens)
 
-    def judge(step: int) -> float:
-        return validate(model, val_stream, val_tokens, micro_rows, step, processes)
+    def judge(step: int, tokens: int = val_tokens) -> float:
+        return validate(model, val_stream, tokens, micro_rows, step, processes)
 
     if config.compile == "auto" and processes.device.type == "cuda":
         model.compile_parts()
         for group in groups:
             group.compile_update()
         first = next(prefetched(load, 1, processes))
-        log.line(f"compiled in {warm_up(model, groups, first, judge, micro_rows, processes):.0f} s, untimed")
+        seconds = warm_up(model, groups, first, lambda step: judge(step, tokens=1), micro_rows, processes)
+        log.line(f"compiled in {seconds:.0f} s, untimed")
 
     def read_loss(step: int, losses: Tensor, ready: torch.cuda.Event | None) -> None:
         """The loss of a step that has ended, so that reading it does not hold up the one under way."""
@@ -1173,10 +1176,11 @@ def train(config: Config, processes: Processes) -> Path | None:
             ready.synchronize()
         bad = [rank for rank, loss in enumerate(losses.tolist()) if not math.isfinite(loss)]
         if bad:
-            raise Refusal(f"the training loss of step {step} is not finite in process {', '.join(map(str, bad))}; nothing was "
-                          "saved; lower the learning rates (--muon-lr, --embed-lr, --head-lr) or look at that step's tokens")
+            raise Refusal(f"the training loss of step {step + 1} is not finite in process {', '.join(map(str, bad))}; "
+                          f"expected a number; no model was written; {lower_rates}")
         log.measured(step + 1, clock + time.perf_counter() - started, train_loss=float(losses.sum()))
 
+    lower_rates = "try lower rates (--muon-lr, --embed-lr, --head-lr) or look at the tokens of that step"
     batches, pending, clock, val_loss = prefetched(load, config.steps, processes), None, 0.0, math.nan
     processes.synchronize()
     started = time.perf_counter()  # the clock counts training only: it stands still while validation runs
@@ -1188,8 +1192,8 @@ def train(config: Config, processes: Processes) -> Path | None:
             clock, pending = clock + time.perf_counter() - started, None
             val_loss = judge(step)
             if not math.isfinite(val_loss):
-                raise Refusal(f"the validation loss after {step} steps is not finite; nothing was saved; lower the learning "
-                              "rates (--muon-lr, --embed-lr, --head-lr)")
+                raise Refusal(f"the validation loss after {step} steps is not finite; expected a number; no model was "
+                              f"written; {lower_rates}")
             log.measured(step, clock, val_loss=val_loss, peak_memory_mib=round(peak_memory(processes.device), 1))
             processes.synchronize()
             started = time.perf_counter()
@@ -1207,9 +1211,9 @@ def train(config: Config, processes: Processes) -> Path | None:
     if log.folder is not None:
         save_model(log.folder / "model.pt", model, stream, config.steps, val_loss)
     speed = config.steps * config.tokens_per_step / clock
-    log.line(f"final val_loss {val_loss:.4f} nats per token, training time {clock:.2f} s, {speed:,.0f} tokens/s, model FLOP "
-             f"utilisation {utilisation(config, stream.vocabulary, speed, processes, dtype)}, "
-             f"peak memory {peak_memory(processes.device):,.0f} MiB; all of it in {log.folder}")
+    used = utilisation(config, stream.vocabulary, speed, processes, dtype)
+    log.line(f"final val_loss {val_loss:.4f} nats per token, training time {clock:.2f} s, {speed:,.0f} tokens/s, model "
+             f"FLOP utilisation {used}, peak memory {peak_memory(processes.device):,.0f} MiB; all of it in {log.folder}")
     return log.folder
 
 
@@ -1220,12 +1224,11 @@ def main(arguments: list[str] | None = None) -> None:
         config = parse_command_line(sys.argv[1:] if arguments is None else arguments)
         train(config, start_processes(config))
     except Refusal:
-        if int(os.environ.get("RANK", 0)) > 0:
+        if int(os.environ.get("RANK", "0")) > 0:
             time.sleep(5)  # torchrun ends the job when process 0 has spoken; what only this process saw is said after
         raise
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

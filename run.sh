@@ -1,0 +1,75 @@
+#!/usr/bin/env bash
+# The one command for a fresh machine.
+#
+#   ./run.sh [OPTIONS]   train: five-minute on all GPUs, or tiny on a CPU, then print a sample; OPTIONS go to the script
+#   ./run.sh test        run the tests; further arguments go to pytest
+#   ./run.sh check       20 small steps, compared with stored losses: does this machine compute our numbers?
+set -euo pipefail
+from=$PWD
+cd "$(dirname "${BASH_SOURCE[0]}")"
+
+say() { printf '\033[1m==> %s\033[0m\n' "$*"; }
+
+# An environment that is active is used as it is given; without one, .venv is made beside this file.
+if [[ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]]; then
+    if [[ ! -x .venv/bin/python ]]; then
+        say "making the Python environment .venv"
+        python3 -m venv .venv
+    fi
+    source .venv/bin/activate
+fi
+
+install() {  # only what is missing, so that a second run starts at once
+    if ! python - "$1" <<'PYTHON'
+import sys
+from importlib.metadata import PackageNotFoundError, version
+for line in open(sys.argv[1]):
+    name, _, wanted = line.split("#")[0].strip().partition("==")
+    try:
+        if name and version(name).partition("+")[0] != wanted:
+            sys.exit(1)
+    except PackageNotFoundError:
+        sys.exit(1)
+PYTHON
+    then
+        say "installing $1"
+        python -m pip install --quiet --disable-pip-version-check -r "$1"
+    fi
+}
+
+install requirements.txt
+case "${1:-}" in
+test)
+    shift
+    install requirements-dev.txt
+    say "running the tests"
+    exec python -m pytest "${@:-tests}"
+    ;;
+check)
+    say "comparing 20 small steps with the stored losses"
+    exec python records/check.py
+    ;;
+esac
+
+gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)
+if [[ "$gpus" -gt 0 ]]; then
+    if [[ " $* " != *" --train-files"* && " $* " != *" --train_files"* ]]; then
+        say "fetching FineWeb where it is missing (validation and ten training shards, 2.1 GB)"
+        python data/fineweb.py 10
+    fi
+    say "training on $gpus GPU(s)"
+    exec python -m torch.distributed.run --standalone --nproc_per_node="$gpus" train_gpt2.py "$@"
+fi
+
+say "no GPU: training the tiny model on this CPU"
+if ! compgen -G 'data/text/text_train_*.bin' >/dev/null; then
+    say "preparing text to train on: Python's own sources"
+    python data/text.py
+fi
+log=$(mktemp)
+trap 'rm -f "$log"' EXIT
+python train_gpt2.py --preset tiny "$@" | tee "$log"
+model=$(sed -n 's/.*all of it in //p' "$log" | tail -1)/model.pt
+say "a sample of what it learned"
+python evals/sample.py "$model" --prompt "def " --tokens 300
+say "more: python evals/sample.py $model --prompt 'class '"

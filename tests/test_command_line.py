@@ -1,0 +1,461 @@
+"""The command line, and bad input: one clear line, an exit status that is not 0, and nothing left behind."""
+
+import dataclasses
+import os
+import pickle
+import stat
+
+import numpy as np
+import pytest
+import torch
+
+import train_gpt2
+from tools import SMALL, command, random_documents, run_folders, run_here, start, write_corpus, write_shard
+from train_gpt2 import PRESETS, Config, Refusal, load_model, parse_command_line
+
+
+def refusal(call, *arguments) -> str:
+    """The one line with which a call turns bad input down; python prints it on stderr and exits with status 1."""
+    with pytest.raises(Refusal) as caught:
+        call(*arguments)
+    line = caught.value.code
+    assert isinstance(line, str) and line and "\n" not in line
+    return line
+
+
+def refused_option(*arguments) -> str:
+    return refusal(parse_command_line, list(arguments))
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return write_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture
+def refused_run(corpus, tmp_path, capfd):
+    """A function that starts a run which must be turned down before it computes, prints or leaves anything."""
+    def refused(**changes) -> str:
+        out = tmp_path / "logs"
+        line = refusal(train_gpt2.main, command(corpus, **{"out": out, **changes}))
+        assert capfd.readouterr() == ("", "")
+        assert not out.exists()
+        return line
+    return refused
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Options
+
+
+@pytest.mark.parametrize("arguments", [["--row-tokens", "256"], ["--row_tokens", "256"], ["--row-tokens=256"],
+                                       ["--row_tokens=256"]])
+def test_every_spelling_of_an_option(arguments):
+    assert parse_command_line(arguments) == dataclasses.replace(Config(), row_tokens=256)
+
+
+@pytest.mark.parametrize("name, text, value", [
+    ("steps", "17", 17), ("muon_lr", "1e-3", 1e-3), ("softcap", "0", 0.0), ("out", "a=b", "a=b"), ("repeat", "true", True),
+    ("repeat", "false", False), ("qk_norm", "false", False), ("dtype", "float64", "float64"), ("compile", "none", "none")])
+def test_values_have_the_type_of_their_field(name, text, value):
+    for arguments in ([f"--{name}", text], [f"--{name}={text}"]):
+        parsed = getattr(parse_command_line(arguments), name)
+        assert parsed == value and type(parsed) is type(value)
+
+
+def test_every_field_is_an_option():
+    for f in dataclasses.fields(Config):
+        if f.name != "preset":
+            value = str(f.default).lower() if f.type is bool else str(f.default)
+            assert parse_command_line([f"--{f.name.replace('_', '-')}", value]) == Config(), f.name
+
+
+def test_no_arguments_give_the_five_minute_recipe():
+    config = parse_command_line([])
+    assert config == Config() and config.preset == "five-minute"
+    assert (config.layers, config.heads, config.width, config.window) == (12, 6, 768, 1024)
+    assert config.tokens_per_step == 8 * config.row_tokens == 524_288
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_gives_defaults_and_what_is_given_wins(preset):
+    config = parse_command_line(["--preset", preset])
+    assert config == Config(**PRESETS[preset], preset=preset)
+    for arguments in (["--preset", preset, "--layers", "5"], ["--layers", "5", f"--preset={preset}"]):
+        assert parse_command_line(arguments) == dataclasses.replace(config, layers=5)
+
+
+def test_a_constant_window_stays_constant_when_it_is_changed():
+    assert parse_command_line(["--window", "512"]).window_start == 512
+    assert parse_command_line(["--window", "512", "--window-start", "64"]).window_start == 64
+
+
+def test_an_unknown_option_names_the_nearest():
+    assert "unknown option --layer;" in refused_option("--layer", "3")
+    assert "nearest is --layers " in refused_option("--layer", "3")
+    assert "nearest is --micro-tokens " in refused_option("--micro_token=8")
+    assert "unknown option steps" in refused_option("steps", "8")
+    assert "unknown option -steps" in refused_option("-steps", "8")
+    assert "unknown option --" in refused_option("--", "8")
+    assert "unknown option " in refused_option("")
+
+
+def test_a_missing_value():
+    assert refused_option("--layers", "3", "--steps").startswith("--steps needs a value")
+
+
+@pytest.mark.parametrize("arguments, expected", [
+    (["--steps", "many"], "--steps 'many' is not a whole number"),
+    (["--steps", "1.5"], "--steps '1.5' is not a whole number"),
+    (["--steps="], "--steps '' is not a whole number"),
+    (["--steps", "--layers", "3"], "--steps '--layers' is not a whole number"),
+    (["--muon-lr", "fast"], "--muon-lr 'fast' is not a number"),
+    (["--repeat", "yes"], "--repeat yes is not one of true, false"),
+    (["--repeat", "True"], "the nearest is --repeat true"),
+    (["--preset", "tinny"], "the nearest is --preset tiny"),
+    (["--dtype", "float16"], "is not one of auto, bfloat16, float32, float64"),
+    (["--device", "gpu"], "is not one of auto, cpu, cuda"),
+    (["--compile", "max"], "is not one of auto, none")])
+def test_a_value_of_the_wrong_type(arguments, expected):
+    assert expected in refused_option(*arguments)
+
+
+@pytest.mark.parametrize("name, value", [
+    ("steps", "0"), ("steps", "-3"), ("tokens_per_step", "0"), ("row_tokens", "0"), ("micro_tokens", "-128"),
+    ("loss_chunk", "0"), ("val_every", "-1"), ("val_tokens", "0"), ("layers", "0"), ("heads", "0"), ("width", "0"),
+    ("mlp_ratio", "0"), ("window", "0"), ("window_start", "0"), ("rotary_base", "0"), ("rms_epsilon", "-1e-6"),
+    ("softcap", "-30"), ("muon_lr", "nan"), ("muon_lr", "inf"), ("embed_lr", "-0.1"), ("muon_momentum", "1"),
+    ("adam_beta1", "1.0"), ("adam_beta2", "-0.5"), ("adam_epsilon", "nan"), ("momentum_warmup", "1.01"),
+    ("cooldown", "2"), ("cooldown", "-0.1"), ("newton_schulz_steps", "-1"), ("seed", "-1"), ("seed", str(2**64)),
+    ("window", str(2**40))])
+def test_a_value_out_of_range_names_one_that_works(name, value):
+    flag = "--" + name.replace("_", "-")
+    line = refused_option(flag, value)
+    assert line.startswith(f"{flag} ") and "out of range" in line
+    example = line.rsplit(f"{flag} ", 1)[1].split()[0]
+    assert getattr(parse_command_line([flag, example]), name) == pytest.approx(float(example))
+
+
+@pytest.mark.parametrize("name", ["micro_tokens", "val_every", "seed", "softcap", "newton_schulz_steps", "momentum_warmup",
+                                  "cooldown", "muon_momentum", "muon_momentum_start", "adam_beta1", "muon_lr"])
+def test_zero_where_it_means_something(name):
+    assert getattr(parse_command_line([f"--{name}", "0"]), name) == 0
+
+
+@pytest.mark.parametrize("again", [["--steps", "5"], ["--steps=4"]])
+def test_twice_given(again):
+    assert "--steps is given twice" in refused_option("--steps", "4", *again)
+    assert "--row_tokens is given twice" in refused_option("--row-tokens", "256", "--row_tokens", "256")
+
+
+@pytest.mark.parametrize("arguments, expected", [
+    (["--row-tokens", "1000"], "the nearest is --row-tokens 1024"),
+    (["--row-tokens", "1"], "the nearest is --row-tokens 128"),
+    (["--tokens-per-step", "100000"], "the nearest is --tokens-per-step 131072"),
+    (["--tokens-per-step", "5"], "the nearest is --tokens-per-step 65536"),
+    (["--row-tokens", "128", "--tokens-per-step", "512", "--micro-tokens", "200"], "the nearest is --micro-tokens 256"),
+    (["--heads", "5", "--width", "768"], "the nearest is --width 770"),
+    (["--heads", "4", "--width", "12"], "the nearest is --width 16"),
+    (["--window", "256", "--window-start", "300"], "the nearest is --window-start 256")])
+def test_settings_that_exclude_each_other_name_the_nearest_that_work(arguments, expected):
+    line = refused_option(*arguments)
+    assert expected in line
+    flag, value = line.rsplit("nearest is ", 1)[1].split()
+    mended = dict(zip(arguments[::2], arguments[1::2], strict=True)) | {flag: value}
+    parse_command_line([word for pair in mended.items() for word in pair])
+
+
+def test_micro_tokens_that_do_not_divide_the_step(refused_run):
+    line = refused_run(micro_tokens=3 * 128)
+    assert "--micro-tokens 384" in line and "the nearest is --micro-tokens 256" in line
+
+
+def test_help_lists_every_field_with_default_and_unit(capsys):
+    for preset in PRESETS:
+        with pytest.raises(SystemExit) as ended:
+            parse_command_line(["--preset", preset, "--help"])
+        assert ended.value.code == 0
+        out, err = capsys.readouterr()
+        assert err == ""
+        lines = out.splitlines()
+        for f in dataclasses.fields(Config):
+            line, = [line for line in lines if line.split()[:1] == ["--" + f.name.replace("_", "-")]]
+            default = getattr(parse_command_line(["--preset", preset]), f.name)
+            assert f"[{f.metadata['unit']}]" in line and line.rstrip().endswith(f.metadata["reason"])
+            shown = line.split()[1]
+            assert float(shown) == pytest.approx(default, 1e-5) if f.type is float else shown == str(default).lower() or (
+                f.type is str and shown == default), line
+
+
+def test_importing_has_no_side_effect(tmp_path):
+    script = """
+import os, threading, torch, torch.distributed
+before = dict(os.environ), torch.get_rng_state(), torch.get_default_dtype(), torch.get_num_threads(), torch.initial_seed()
+import train_gpt2
+after = dict(os.environ), torch.get_rng_state(), torch.get_default_dtype(), torch.get_num_threads(), torch.initial_seed()
+assert all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in zip(before, after))
+assert not torch.distributed.is_initialized()
+assert not torch.cuda.is_initialized()
+assert threading.active_count() == 1
+"""
+    done = start(["-B", "-c", script, "--steps", "bad"], cwd=tmp_path, env={"RANK": "1", "WORLD_SIZE": "2"})
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert not list(tmp_path.iterdir())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Bad input as a person sees it: in a process of its own
+
+
+@pytest.mark.parametrize("bad", ["option", "shard"])
+def test_one_line_on_stderr_and_an_exit_status(corpus, tmp_path, bad):
+    shard = write_shard(tmp_path / "short.bin", random_documents(100), 257, 256, count=101)
+    changes = {"tokens_per_stepp": 5} if bad == "option" else {"train_files": shard}
+    done = start([train_gpt2.__file__, *command(corpus, out=tmp_path / "logs", **changes)])
+    assert done.returncode == 1
+    assert done.stdout == ""
+    line, = done.stderr.splitlines()
+    assert ("nearest is --tokens-per-step" if bad == "option" else str(shard)) in line
+    assert "Traceback" not in line
+    assert not (tmp_path / "logs").exists()
+
+
+def test_processes_other_than_the_first_leave_it_the_word(monkeypatch):
+    waits = []
+    monkeypatch.setattr(train_gpt2.time, "sleep", waits.append)
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        refusal(train_gpt2.main, ["--steps", "0"])
+    wait, = waits
+    assert wait >= 1
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Shards
+
+
+@pytest.mark.parametrize("part", ["train_files", "val_files"])
+def test_no_shard(refused_run, tmp_path, part):
+    line = refused_run(**{part: tmp_path / "none_*.bin"})
+    assert f"no shard matches {tmp_path}/none_*.bin" in line and "python data/text.py" in line
+    assert "no shard matches ;" in refused_run(**{part: ""})
+    assert "python data/fineweb.py" in refused_run(**{part: tmp_path / "fineweb_*.bin"})
+
+
+@pytest.mark.parametrize("overrides, expected", [
+    ({"magic": 20240521}, "its first word is 20240521, expected 20240520"),
+    ({"version": 2}, "has shard version 2, expected 1"),
+    ({"count": 5001}, "promises 5001 tokens but holds 5000: truncated"),
+    ({"count": 4999}, "promises 4999 tokens but holds 5000: damaged"),
+    ({"count": 0}, "promises 0 tokens"),
+    ({"count": -1}, "promises -1 tokens"),
+    ({"vocabulary": 70_000}, "states a vocabulary of 70000"),
+    ({"vocabulary": -5}, "states a vocabulary of -5"),
+    ({"separator": 257}, "vocabulary of 257 with separator 257"),
+    ({"separator": -1}, "separator -1")])
+@pytest.mark.parametrize("part", ["train_files", "val_files"])
+def test_a_header_that_lies(refused_run, tmp_path, part, overrides, expected):
+    path = write_shard(tmp_path / "bad.bin", random_documents(5000), **{"vocabulary": 257, "separator": 256, **overrides})
+    line = refused_run(**{part: path})
+    assert expected in line and str(path) in line and f"rm {path} && python data/text.py" in line
+
+
+@pytest.mark.parametrize("size, expected", [(0, "0 bytes"), (1000, "1000 bytes"), (1024 + 9999, "truncated"),
+                                            (1024, "truncated"), (1024 + 10_001, "damaged")])
+def test_a_file_of_the_wrong_size(refused_run, tmp_path, size, expected):
+    path = write_shard(tmp_path / "bad.bin", random_documents(5000), 257, 256)
+    os.truncate(path, size)
+    line = refused_run(train_files=path)
+    assert expected in line and str(path) in line
+
+
+def test_a_truncated_large_shard_is_counted_to_the_token(refused_run, tmp_path):
+    path = write_shard(tmp_path / "bad.bin", [], 257, 256, count=100_000_000)
+    os.truncate(path, 1024 + 2 * 99_999_998)  # takes no room: the file has a hole
+    line = refused_run(train_files=path)
+    assert "99999998" in line.replace(",", "") and "100000000" in line.replace(",", "")
+
+
+def test_a_folder_in_place_of_a_shard(refused_run, tmp_path):
+    (tmp_path / "folder.bin").mkdir()
+    assert "Is a directory" in refused_run(train_files=tmp_path / "*.bin")
+
+
+@pytest.mark.parametrize("part", ["train_files", "val_files"])
+def test_ids_beyond_the_vocabulary(refused_run, tmp_path, part):
+    tokens = random_documents(9000)
+    tokens[1234] = 300
+    path = write_shard(tmp_path / "bad.bin", tokens, 257, 256)
+    line = refused_run(**{part: path})
+    assert f"{path} holds token 300 at position 1234, beyond its vocabulary of 257" in line
+
+
+def test_too_few_tokens(refused_run, corpus):
+    line = refused_run(steps=21)  # 21 x 1024 + 1 tokens of 21,000
+    assert "needs 21,505 training tokens" in line and "holds 21,000" in line
+    assert "python data/text.py" in line and "--repeat true" in line and "--steps 20" in line
+    line = refused_run(tokens_per_step=128 * 200)
+    assert "--repeat true" in line and "--steps" not in line
+
+
+def test_too_few_tokens_name_the_download(refused_run, tmp_path):
+    write_shard(tmp_path / "fineweb_train_1.bin", random_documents(1000), 257, 256)
+    write_shard(tmp_path / "fineweb_train_2.bin", random_documents(1500), 257, 256)
+    line = refused_run(train_files=tmp_path / "fineweb_train_*.bin", steps=5)
+    assert "python data/fineweb.py 4;" in line  # 5,121 tokens are two more shards of 1,500
+
+
+@pytest.mark.parametrize("steps, allowed", [(20, True), (21, False)])
+def test_the_last_step_needs_one_token_more(tmp_path, steps, allowed):
+    folder = write_corpus(tmp_path, train=(20 * 1024, 1024))
+    config = parse_command_line(command(folder, steps=steps))
+    if allowed:
+        train_gpt2.open_data(config)
+    else:
+        assert "needs 21,505" in refusal(train_gpt2.open_data, config)
+        train_gpt2.open_data(dataclasses.replace(config, repeat=True))
+
+
+def test_a_single_validation_token(refused_run, tmp_path):
+    path = write_shard(tmp_path / "one.bin", [256], 257, 256)
+    assert f"{path} holds 1 token, expected at least 2" in refused_run(val_files=path)
+
+
+def test_shards_that_disagree_on_the_vocabulary(refused_run, tmp_path):
+    other = write_shard(tmp_path / "a.bin", random_documents(5000, 300, 299), 300, 299)
+    line = refused_run(val_files=other)
+    assert "(257, 256)" in line and "(300, 299)" in line and "encode both the same way" in line
+    write_shard(tmp_path / "b.bin", random_documents(5000), 257, 256)
+    assert "disagree on (vocabulary, separator)" in refused_run(train_files=tmp_path / "?.bin")
+    separator = write_shard(tmp_path / "c.bin", random_documents(5000, 257, 255), 257, 255)
+    assert "(257, 255)" in refused_run(val_files=separator)
+
+
+def test_an_output_folder_that_cannot_be_written(refused_run, corpus, tmp_path):
+    file = tmp_path / "file"
+    file.write_text("in the way")
+    line = refused_run(out=file / "logs")
+    assert f"cannot write the run folder {file}/logs" in line and "--out FOLDER" in line
+    assert file.read_text() == "in the way"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Devices
+
+
+@pytest.fixture
+def driver(tmp_path, monkeypatch):
+    """A function that puts a stand-in for nvidia-smi, or nothing, on an otherwise empty PATH. torch sees no GPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+    def put(script: str | None) -> None:
+        folder = tmp_path / "driver"
+        folder.mkdir()
+        monkeypatch.setenv("PATH", str(folder))
+        if script:
+            (folder / "nvidia-smi").write_text("#!/bin/sh\n" + script + "\n")
+            (folder / "nvidia-smi").chmod(stat.S_IRWXU)
+    return put
+
+
+TWO_GPUS = "echo 'GPU 0: NVIDIA H100 (UUID: x)'; echo 'GPU 1: NVIDIA H100 (UUID: y)'"
+
+
+@pytest.mark.parametrize("device", ["auto", "cuda"])
+@pytest.mark.parametrize("built_for, reason", [(None, "built without CUDA"), ("13.0", "built for CUDA 13.0")])
+def test_a_gpu_that_torch_cannot_use_is_no_reason_to_train_on_the_cpu(refused_run, driver, monkeypatch, device, built_for,
+                                                                      reason):
+    driver(TWO_GPUS)
+    monkeypatch.setattr(torch.version, "cuda", built_for)
+    line = refused_run(device=device)
+    assert "GPU 0: NVIDIA H100, GPU 1: NVIDIA H100" in line and reason in line
+    assert torch.__version__ in line and "--device cpu" in line
+
+
+def test_the_cpu_is_used_where_it_is_asked_for(corpus, driver, tmp_path):
+    driver(TWO_GPUS)
+    assert (run_here(corpus, device="cpu", out=tmp_path / "logs", steps=1) / "model.pt").exists()
+
+
+@pytest.mark.parametrize("script", [None, "echo 'No devices were found'", "echo 'GPU 0: NVIDIA H100 (UUID: x)'; exit 9"])
+def test_without_a_gpu_auto_means_the_cpu_and_cuda_is_refused(driver, script):
+    driver(script)
+    config = parse_command_line(["--preset", "tiny"])
+    assert train_gpt2.start_processes(config) == (0, 1, torch.device("cpu"))
+    line = refusal(train_gpt2.start_processes, dataclasses.replace(config, device="cuda"))
+    assert "the driver shows no GPU" in line and "--device cpu" in line
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+
+
+@pytest.fixture(scope="module")
+def checkpoint(corpus, tmp_path_factory):
+    return run_here(corpus, steps=1, layers=1, out=tmp_path_factory.mktemp("checkpoint")) / "model.pt"
+
+
+def refused_checkpoint(path) -> str:
+    line = refusal(load_model, path)
+    assert str(path) in line and "python train_gpt2.py --preset tiny" in line
+    return line
+
+
+def test_a_missing_checkpoint(tmp_path):
+    assert "cannot read checkpoint" in refused_checkpoint(tmp_path / "none.pt")
+    assert "Is a directory" in refused_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"\0", b"garbage" * 100, b"PK\3\4" + b"\0" * 500, pickle.dumps({"config": 1})])
+def test_garbage_is_no_checkpoint(tmp_path, content):
+    (tmp_path / "bad.pt").write_bytes(content)
+    refused_checkpoint(tmp_path / "bad.pt")
+
+
+@pytest.mark.parametrize("share", [0.02, 0.5, 0.999])
+def test_a_truncated_checkpoint(tmp_path, checkpoint, share):
+    content = checkpoint.read_bytes()
+    (tmp_path / "cut.pt").write_bytes(content[:int(share * len(content))])
+    refused_checkpoint(tmp_path / "cut.pt")
+
+
+def without(values: dict, name: str) -> dict:
+    return {key: value for key, value in values.items() if key != name}
+
+
+@pytest.mark.parametrize("change", [
+    lambda saved: saved["weights"],
+    lambda saved: [saved],
+    lambda saved: torch.zeros(3),
+    *(lambda saved, name=name: without(saved, name) for name in ("config", "vocabulary", "dtype", "weights")),
+    lambda saved: {**saved, "weights": without(saved["weights"], "head")},
+    lambda saved: {**saved, "weights": {**saved["weights"], "more": torch.zeros(1)}},
+    lambda saved: {**saved, "weights": {**saved["weights"], "head": torch.zeros(3, 3)}},
+    lambda saved: {**saved, "vocabulary": 50257},
+    lambda saved: {**saved, "dtype": "float7"},
+    lambda saved: {**saved, "config": {**saved["config"], "layers": 2}},
+    lambda saved: {**saved, "config": {**saved["config"], "setting_of_next_year": 1}}])
+def test_a_checkpoint_of_something_else(tmp_path, checkpoint, change):
+    saved = torch.load(checkpoint, weights_only=True)
+    torch.save(change(saved), tmp_path / "other.pt")
+    refused_checkpoint(tmp_path / "other.pt")
+
+
+class Payload:
+    """Unpickled without care it would run a command."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_checkpoint_with_code_in_it_does_not_run_it(tmp_path, checkpoint, zipped):
+    saved = torch.load(checkpoint, weights_only=True)
+    torch.save({**saved, "step": Payload(tmp_path / "ran")}, tmp_path / "evil.pt", _use_new_zipfile_serialization=zipped)
+    refused_checkpoint(tmp_path / "evil.pt")
+    assert not (tmp_path / "ran").exists()
+    torch.load(tmp_path / "evil.pt", weights_only=False)
+    assert (tmp_path / "ran").exists()  # the file did hold code

@@ -1,0 +1,112 @@
+"""What several test files need: shards, small configurations, runs of the script and what they leave behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+import train_gpt2
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# A model that trains in tens of milliseconds per step, through the same code as the large one.
+SMALL = dict(layers=3, width=64, heads=2, row_tokens=128, tokens_per_step=1024, window=96, steps=8, val_every=4,
+             val_tokens=2000, device="cpu", dtype="float32", compile="none")
+
+
+def random_documents(count: int, vocabulary: int = 257, separator: int = 256, seed: int = 0, length: int = 60):
+    """(count,) uint16: documents of `length` tokens on average, each opened by the separator; few ids are frequent, and
+    most tokens repeat one of the last few, so that there is something to learn."""
+    draw = np.random.default_rng(seed)
+    tokens = (draw.geometric(0.1, count) - 1) % (vocabulary - 1)
+    tokens += tokens >= separator
+    back = draw.integers(1, 4, count)
+    for i in np.flatnonzero(draw.random(count) < 0.6):
+        tokens[i] = tokens[max(0, i - back[i])]
+    tokens[draw.random(count) < 1 / length] = separator
+    tokens[0] = separator
+    return tokens.astype(np.uint16)
+
+
+def write_shard(path, tokens, vocabulary: int = 0, separator: int = 0, **overrides) -> Path:
+    """A shard file. overrides: what its header claims instead of the truth, as magic, version or count."""
+    claims = {"magic": 20240520, "version": 1, "count": len(tokens), "vocabulary": vocabulary, "separator": separator}
+    header = np.zeros(256, "<i4")
+    header[:5] = list({**claims, **overrides}.values())
+    Path(path).write_bytes(header.tobytes() + np.asarray(tokens).astype("<u2").tobytes())
+    return Path(path)
+
+
+def write_corpus(folder: Path, train=(9000, 4000, 8000), val=(1500, 1200), vocabulary: int = 257, separator: int = 256):
+    """Shards text_train_*.bin and text_val_*.bin of these many tokens each. Returns the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for seed, (part, counts) in enumerate((("train", train), ("val", val))):
+        tokens = random_documents(sum(counts), vocabulary, separator, seed)
+        for number, piece in enumerate(np.split(tokens, np.cumsum(counts)[:-1])):
+            write_shard(folder / f"text_{part}_{number:06}.bin", piece, vocabulary, separator)
+    return folder
+
+
+def command(folder: Path, **changes) -> list[str]:
+    """Command line for SMALL with changes, on the shards of `folder`, which is also where the runs go: folder / logs."""
+    settings = {"train_files": folder / "text_train_*.bin", "val_files": folder / "text_val_*.bin",
+                "out": folder / "logs", **SMALL, **changes}
+    return [f"--{name.replace('_', '-')}={str(value).lower() if isinstance(value, bool) else value}"
+            for name, value in settings.items()]
+
+
+def configuration(folder: Path, **changes) -> train_gpt2.Config:
+    return train_gpt2.parse_command_line(command(folder, **changes))
+
+
+def run_folders(out: Path) -> set[Path]:
+    """The folders of the runs below `out`; none where it does not exist."""
+    return set(out.iterdir()) if out.is_dir() else set()
+
+
+def run_here(folder: Path, **changes) -> Path:
+    """Train in this process. Returns the run folder."""
+    arguments = command(folder, **changes)
+    out = Path(changes.get("out", folder / "logs"))
+    before = run_folders(out)
+    train_gpt2.main(arguments)
+    new, = run_folders(out) - before
+    return new
+
+
+def metrics(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def losses(run: Path, kind: str = "train_loss") -> list[float]:
+    """The losses of one kind in the order they were written."""
+    return [record[kind] for record in metrics(run) if kind in record]
+
+
+def weights(run: Path) -> dict:
+    return train_gpt2.load_model(run / "model.pt")[1]["weights"]
+
+
+def start(arguments: list, **options) -> subprocess.CompletedProcess:
+    """Run python with these arguments on one thread; after `timeout` seconds it and all it started are killed."""
+    timeout = options.pop("timeout", 120)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **options.pop("env", {})}
+    process = subprocess.Popen([sys.executable, *map(str, arguments)], env=environment, text=True, start_new_session=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+    try:
+        stdout, stderr = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        stdout, stderr = process.communicate()
+        raise AssertionError(f"still running after {timeout} s; it wrote:\n{stdout}\n{stderr}") from None
+    return subprocess.CompletedProcess(arguments, process.returncode, stdout, stderr)
+
+
+def torchrun(processes: int, script: Path, *arguments, **options) -> subprocess.CompletedProcess:
+    """Run a script in several processes on this machine, as `torchrun --standalone` does."""
+    return start(["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", script, *arguments],
+                 **options)
