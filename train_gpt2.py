@@ -14,8 +14,10 @@ of the optimizers. Sizes are in tokens unless a name says otherwise. Shapes: R r
 H heads, K = D / H, V vocabulary.
 """
 
+import ctypes
 import dataclasses
 import difflib
+import functools
 import glob
 import json
 import math
@@ -26,6 +28,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -61,6 +64,7 @@ class Config:
     train_files: str = setting("data/fineweb10B/fineweb_train_*.bin", "glob", "training shards, read in name order")
     val_files: str = setting("data/fineweb10B/fineweb_val_*.bin", "glob", "validation shards")
     repeat: bool = setting(False, "true|false", "start over when the training shards are used up")
+    shuffle: bool = setting(False, "true|false", "take rows from all over the shards, each once, not in their order")
     # how much at a time
     steps: int = setting(1875, "updates", "length of the run; schedules stretch with it", 1)
     tokens_per_step: int = setting(524_288, "tokens", "batch of one update, over all processes", 1)
@@ -110,8 +114,9 @@ PRESETS = {
     "five-minute": {},
     "tiny": {
         "train_files": "data/text/text_train_*.bin", "val_files": "data/text/text_val_*.bin",
-        "steps": 240, "tokens_per_step": 4096, "row_tokens": 512, "val_every": 20,
-        "layers": 6, "heads": 4, "width": 256, "window": 256, "window_start": 256,
+        "shuffle": True, "steps": 480, "tokens_per_step": 2048, "row_tokens": 256, "val_every": 30,
+        "val_tokens": 131_072, "layers": 4, "heads": 2, "width": 128, "window": 128, "window_start": 128,
+        "muon_momentum": 0.8, "muon_momentum_start": 0.8, "adam_beta1": 0.65, "cooldown": 0.6,
     },
 }
 
@@ -230,6 +235,14 @@ class Processes(NamedTuple):
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
+    def event(self) -> torch.cuda.Event | None:
+        """A mark behind what the device has been given so far; None on a CPU, which has done it already."""
+        if self.device.type != "cuda":
+            return None
+        mark = torch.cuda.Event()
+        mark.record()
+        return mark
+
 
 def start_processes(config: Config) -> Processes:
     """Join the process group where torchrun started several. Raises Refusal for a GPU that cannot be used."""
@@ -237,22 +250,34 @@ def start_processes(config: Config) -> Processes:
                           (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     device = torch.device("cpu")
     if config.device == "cuda" or (config.device == "auto" and (torch.cuda.is_available() or driver_gpus())):
-        if not torch.cuda.is_available():
-            found = f"the driver shows {driver_gpus() or 'no GPU'}, but this torch {torch.__version__} cannot use it"
-            reason = "it was built without CUDA" if torch.version.cuda is None else (
-                f"it was built for CUDA {torch.version.cuda} and finds no usable device (driver too old, or "
-                f"CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', 'unset')})")
-            raise Refusal(f"{found}: {reason}; install the CUDA build (pip install -r requirements.txt) or give "
-                          "--device cpu")
+        try:
+            torch.cuda.init()
+        except (RuntimeError, AssertionError) as error:  # an old driver, a hidden GPU, a torch built without CUDA
+            raise Refusal(f"the driver shows {driver_gpus() or 'no GPU'}, but torch {torch.__version__} cannot use it: "
+                          f"{' '.join(str(error).split())}; mend that, or give --device cpu") from None
         if local >= torch.cuda.device_count():
             raise Refusal(f"process {local} of this machine has no GPU: torch sees {torch.cuda.device_count()}; "
                           f"start with --nproc_per_node={torch.cuda.device_count()}")
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
+    if device.type == "cpu":
+        keep_freed_memory()
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
                                 device_id=device if device.type == "cuda" else None)
     return Processes(rank, world, device)
+
+
+def keep_freed_memory() -> None:
+    """Have the C library keep what large tensors free, instead of returning it to the system and faulting every page
+    in again at the next step: MALLOC_GAIN of CPU training time here. Where there is no glibc, nothing happens."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, TypeError, AttributeError):
+        return
+    trim_threshold, most_mappings = -1, -4
+    mallopt(most_mappings, 0)
+    mallopt(trim_threshold, 2**31 - 1)
 
 
 def driver_gpus() -> str:
@@ -399,6 +424,25 @@ def read_rows(stream: TokenStream, position: int, rows: int, row_tokens: int, en
     return Batch(*(torch.from_numpy(array).view(rows, row_tokens) for array in (inputs, targets, begins)))
 
 
+@functools.lru_cache(maxsize=2)
+def row_order(rows: int, seed: int, epoch: int) -> np.ndarray:
+    """(rows,) every row number once, in an order that only these three numbers decide."""
+    return np.random.default_rng((seed, epoch)).permutation(rows)
+
+
+def row_positions(config: Config, stream_tokens: int, step: int) -> list[int]:
+    """Where each row of a step begins in the stream: the same for any number of processes.
+
+    In order, rows follow each other without a gap and run on over the end. Shuffled, the whole rows of the stream are
+    dealt out once, then once more in another order.
+    """
+    count, whole = config.tokens_per_step // config.row_tokens, (stream_tokens - 1) // config.row_tokens
+    numbers = range(step * count, (step + 1) * count)
+    if config.shuffle:
+        numbers = [int(row_order(whole, config.seed, number // whole)[number % whole]) for number in numbers]
+    return [number * config.row_tokens for number in numbers]
+
+
 def prefetched(load, count: int, processes: Processes):
     """Yield load(0), ..., load(count - 1) on the device; the next one is read and copied while this one is in use."""
     copies = torch.cuda.Stream(processes.device) if processes.device.type == "cuda" else None
@@ -524,9 +568,9 @@ def rotary_tables(tokens: int, head_width: int, base: float, dtype: torch.dtype)
 
 
 def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """Rotary position embedding (RoFormer): channels j and j + K/2 of (R, T, H, K) turn by their position's angle."""
+    """Rotary position embedding (RoFormer): channels j and j + K/2 of (R, H, T, K) turn by their position's angle."""
     low, high = x.chunk(2, dim=-1)
-    cosine, sine = cosine[:x.shape[1], None], sine[:x.shape[1], None]
+    cosine, sine = cosine[:x.shape[-2]], sine[:x.shape[-2]]
     return torch.cat((low * cosine + high * sine, high * cosine - low * sine), dim=-1)
 
 
@@ -551,7 +595,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, x0: Tensor, skip: Tensor | None, first_value: Tensor | None, mix: Mix,
                 rotary: tuple[Tensor, Tensor], mask) -> tuple[Tensor, Tensor]:
-        """Streams (R, T, D) and layer 0's values (R, T, H, K) -> the new stream and this layer's own values."""
+        """Streams (R, T, D) and layer 0's values (R, H, T, K) -> the new stream and this layer's own values."""
         if skip is not None:
             x = x + mix.skip * skip
         if mix.x0 is not None:
@@ -564,12 +608,11 @@ class Block(nn.Module):
 
     def attend(self, x: Tensor, first_value: Tensor | None, mix: Mix, rotary, mask) -> tuple[Tensor, Tensor]:
         into, out = self.attention.to(x.dtype).split((3, 1))
-        query, key, value = F.linear(x, into.flatten(0, 1)).view(*x.shape[:2], 3, self.heads, -1).unbind(2)
-        mixed = value if mix.value is None else (1 - mix.value) * value + mix.value * first_value
-        if self.qk_norm:
-            query, key = rms_norm(query, self.epsilon), rms_norm(key, self.epsilon)
-        seen = attend(rotate(query, *rotary).transpose(1, 2), rotate(key, *rotary).transpose(1, 2),
-                      mixed.transpose(1, 2), mask)
+        heads = F.linear(x, into.flatten(0, 1)).view(*x.shape[:2], 3 * self.heads, -1).transpose(1, 2)  # (R, 3 H, T, K)
+        match, value = heads.split((2 * self.heads, self.heads), dim=1)
+        query, key = rotate(rms_norm(match, self.epsilon) if self.qk_norm else match, *rotary).chunk(2, dim=1)
+        mixed = value if mix.value is None else torch.lerp(value, first_value, mix.value.to(value.dtype))
+        seen = attend(query, key, mixed, mask)
         return F.linear(seen.transpose(1, 2).flatten(2), out[0]), value
 
 
@@ -622,7 +665,7 @@ class GPT(nn.Module):
 
     def forward(self, inputs: Tensor, mask: BlockMask | list[Span]) -> Tensor:
         """(R, T) int32 and the mask of these rows -> (R, T, D), normalised, ready for the head."""
-        x = x0 = rms_norm(self.embedding[inputs], self.config.rms_epsilon)
+        x = x0 = rms_norm(F.embedding(inputs, self.embedding), self.config.rms_epsilon)
         outputs, first_value = [], None
         for layer, (block, mix) in enumerate(zip(self.blocks, self.mixes(), strict=True)):
             skip = outputs[self.config.layers - 1 - layer] if mix.skip is not None else None
@@ -1129,10 +1172,31 @@ def open_data(config: Config) -> tuple[TokenStream, TokenStream, int]:
         raise Refusal(f"the run needs {needed:,} training tokens, {config.train_files} holds {train.tokens:,}; get "
                       f"more: {shard_command(config.train_files, shards)}; or give --repeat true"
                       + f" or --steps {most}" * (most > 0))
-    if val.tokens < 2:
-        raise Refusal(f"{config.val_files} holds {val.tokens} token, expected 2 or more; get them: "
+    if min(val.tokens - 1, train.tokens // config.row_tokens) < 1:
+        raise Refusal(f"{config.train_files} holds {train.tokens} tokens and {config.val_files} {val.tokens}, expected "
+                      f"a row of {config.row_tokens} and 2; get more: "
                       f"{shard_command(config.val_files)}")
     return train, val, min(config.val_tokens, val.tokens - 1)
+
+
+class Clock:
+    """Seconds of training. It is stopped, after the device has finished, while anything else runs."""
+
+    def __init__(self, processes: Processes):
+        self.processes, self.seconds, self.started = processes, 0.0, None
+
+    def start(self) -> None:
+        """Go on, if it stands still."""
+        if self.started is None:
+            self.processes.synchronize()
+            self.started = time.perf_counter()
+
+    def stop(self) -> None:
+        self.processes.synchronize()
+        self.seconds, self.started = self.now(), None
+
+    def now(self) -> float:
+        return self.seconds + (time.perf_counter() - self.started if self.started is not None else 0.0)
 
 
 def train(config: Config, processes: Processes) -> Path | None:
@@ -1156,8 +1220,9 @@ def train(config: Config, processes: Processes) -> Path | None:
                  f"{config.val_tokens}")
 
     def load(step: int) -> Batch:
-        position = step * config.tokens_per_step + processes.rank * share * config.row_tokens
-        return read_rows(stream, position, share, config.row_tokens, position + share * config.row_tokens)
+        mine = row_positions(config, stream.tokens, step)[processes.rank * share:(processes.rank + 1) * share]
+        rows = [read_rows(stream, position, 1, config.row_tokens, position + config.row_tokens) for position in mine]
+        return Batch(*(torch.cat(parts) for parts in zip(*rows, strict=True)))
 
     def judge(step: int, tokens: int = val_tokens) -> float:
         return validate(model, val_stream, tokens, micro_rows, step, processes)
@@ -1170,50 +1235,43 @@ def train(config: Config, processes: Processes) -> Path | None:
         seconds = warm_up(model, groups, first, lambda step: judge(step, tokens=1), micro_rows, processes)
         log.line(f"compiled in {seconds:.0f} s, untimed")
 
-    def read_loss(step: int, losses: Tensor, ready: torch.cuda.Event | None) -> None:
-        """The loss of a step that has ended, so that reading it does not hold up the one under way."""
-        if ready is not None:
-            ready.synchronize()
+    def read_loss(step: int, losses: Tensor, copied: torch.cuda.Event | None) -> None:
+        if copied is not None:
+            copied.synchronize()
         bad = [rank for rank, loss in enumerate(losses.tolist()) if not math.isfinite(loss)]
         if bad:
             raise Refusal(f"the training loss of step {step + 1} is not finite in process {', '.join(map(str, bad))}; "
                           f"expected a number; no model was written; {lower_rates}")
-        log.measured(step + 1, clock + time.perf_counter() - started, train_loss=float(losses.sum()))
+        log.measured(step + 1, clock.now(), train_loss=float(losses.sum()))
 
     lower_rates = "try lower rates (--muon-lr, --embed-lr, --head-lr) or look at the tokens of that step"
-    batches, pending, clock, val_loss = prefetched(load, config.steps, processes), None, 0.0, math.nan
-    processes.synchronize()
-    started = time.perf_counter()  # the clock counts training only: it stands still while validation runs
+    batches, clock, underway = prefetched(load, config.steps, processes), Clock(processes), deque()
     for step in range(config.steps + 1):
         if step in (0, config.steps) or (config.val_every and step % config.val_every == 0):
-            processes.synchronize()
-            if pending:
-                read_loss(*pending)
-            clock, pending = clock + time.perf_counter() - started, None
+            clock.stop()
+            while underway:
+                read_loss(*underway.popleft())
             val_loss = judge(step)
             if not math.isfinite(val_loss):
                 raise Refusal(f"the validation loss after {step} steps is not finite; expected a number; no model was "
                               f"written; {lower_rates}")
-            log.measured(step, clock, val_loss=val_loss, peak_memory_mib=round(peak_memory(processes.device), 1))
-            processes.synchronize()
-            started = time.perf_counter()
+            log.measured(step, clock.now(), val_loss=val_loss,
+                         peak_memory_mib=round(peak_memory(processes.device), 1))
         if step == config.steps:
             break
+        clock.start()
         losses = train_step(model, groups, next(batches), micro_rows, step)
-        ready = torch.cuda.Event() if processes.device.type == "cuda" else None
-        losses = losses.to("cpu", non_blocking=True)
-        if ready is not None:
-            ready.record()
-        if pending:
-            read_loss(*pending)
-        pending = step, losses, ready
+        underway.append((step, losses.to("cpu", non_blocking=True), processes.event()))
+        while len(underway) > (processes.device.type == "cuda"):  # a GPU may be one step ahead of what is read
+            read_loss(*underway.popleft())
     log.close()
     if log.folder is not None:
         save_model(log.folder / "model.pt", model, stream, config.steps, val_loss)
-    speed = config.steps * config.tokens_per_step / clock
+    speed = config.steps * config.tokens_per_step / clock.now()
     used = utilisation(config, stream.vocabulary, speed, processes, dtype)
-    log.line(f"final val_loss {val_loss:.4f} nats per token, training time {clock:.2f} s, {speed:,.0f} tokens/s, model "
-             f"FLOP utilisation {used}, peak memory {peak_memory(processes.device):,.0f} MiB; all of it in {log.folder}")
+    log.line(f"final val_loss {val_loss:.4f} nats per token, training time {clock.now():.2f} s, {speed:,.0f} tokens/s, "
+             f"model FLOP utilisation {used}, peak memory {peak_memory(processes.device):,.0f} MiB; "
+             f"all of it in {log.folder}")
     return log.folder
 
 

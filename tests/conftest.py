@@ -1,8 +1,10 @@
 """Tests import the script from the repository root. Those marked slow are left out unless asked for with `-m slow`."""
 
+import os
 import sys
 from pathlib import Path
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: the models are small, more threads only slow them down
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 

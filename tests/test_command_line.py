@@ -4,13 +4,14 @@ import dataclasses
 import os
 import pickle
 import stat
+import subprocess
+import sys
 
-import numpy as np
 import pytest
 import torch
 
 import train_gpt2
-from tools import SMALL, command, random_documents, run_folders, run_here, start, write_corpus, write_shard
+from tools import ROOT, command, random_documents, run_here, start, write_corpus, write_shard
 from train_gpt2 import PRESETS, Config, Refusal, load_model, parse_command_line
 
 
@@ -55,8 +56,9 @@ def test_every_spelling_of_an_option(arguments):
 
 
 @pytest.mark.parametrize("name, text, value", [
-    ("steps", "17", 17), ("muon_lr", "1e-3", 1e-3), ("softcap", "0", 0.0), ("out", "a=b", "a=b"), ("repeat", "true", True),
-    ("repeat", "false", False), ("qk_norm", "false", False), ("dtype", "float64", "float64"), ("compile", "none", "none")])
+    ("steps", "17", 17), ("muon_lr", "1e-3", 1e-3), ("softcap", "0", 0.0), ("out", "a=b", "a=b"),
+    ("repeat", "true", True), ("repeat", "false", False), ("qk_norm", "false", False), ("dtype", "float64", "float64"),
+    ("compile", "none", "none")])
 def test_values_have_the_type_of_their_field(name, text, value):
     for arguments in ([f"--{name}", text], [f"--{name}={text}"]):
         parsed = getattr(parse_command_line(arguments), name)
@@ -86,7 +88,9 @@ def test_a_preset_gives_defaults_and_what_is_given_wins(preset):
 
 
 def test_a_constant_window_stays_constant_when_it_is_changed():
-    assert parse_command_line(["--window", "512"]).window_start == 512
+    for preset in PRESETS:
+        for window in ("64", "200", "4096"):
+            assert parse_command_line(["--preset", preset, "--window", window]).window_start == int(window)
     assert parse_command_line(["--window", "512", "--window-start", "64"]).window_start == 64
 
 
@@ -104,20 +108,22 @@ def test_a_missing_value():
     assert refused_option("--layers", "3", "--steps").startswith("--steps needs a value")
 
 
-@pytest.mark.parametrize("arguments, expected", [
-    (["--steps", "many"], "--steps 'many' is not a whole number"),
-    (["--steps", "1.5"], "--steps '1.5' is not a whole number"),
-    (["--steps="], "--steps '' is not a whole number"),
-    (["--steps", "--layers", "3"], "--steps '--layers' is not a whole number"),
-    (["--muon-lr", "fast"], "--muon-lr 'fast' is not a number"),
-    (["--repeat", "yes"], "--repeat yes is not one of true, false"),
-    (["--repeat", "True"], "the nearest is --repeat true"),
-    (["--preset", "tinny"], "the nearest is --preset tiny"),
-    (["--dtype", "float16"], "is not one of auto, bfloat16, float32, float64"),
-    (["--device", "gpu"], "is not one of auto, cpu, cuda"),
-    (["--compile", "max"], "is not one of auto, none")])
-def test_a_value_of_the_wrong_type(arguments, expected):
-    assert expected in refused_option(*arguments)
+@pytest.mark.parametrize("name, value, expected", [
+    ("steps", "many", "a whole number"), ("steps", "1.5", "a whole number"), ("steps", "", "a whole number"),
+    ("steps", "--layers", "a whole number"), ("muon-lr", "fast", "a number"),
+    ("repeat", "yes", "true, false"), ("repeat", "True", "the nearest is --repeat true"),
+    ("preset", "tinny", "the nearest is --preset tiny"), ("dtype", "float16", "auto, bfloat16, float32, float64"),
+    ("device", "gpu", "auto, cpu, cuda"), ("compile", "max", "auto, none")])
+def test_a_value_of_the_wrong_type(name, value, expected):
+    for arguments in ([f"--{name}", value], [f"--{name}={value}"]):
+        line = refused_option(*arguments)
+        assert line.startswith(f"--{name} ") and value in line and expected in line
+        parse_command_line([f"--{name}", value_named_last(line, f"--{name}")])
+
+
+def value_named_last(line: str, flag: str) -> str:
+    """The value that a refusal recommends for an option."""
+    return line.rsplit(flag + " ", 1)[1].split()[0]
 
 
 @pytest.mark.parametrize("name, value", [
@@ -126,18 +132,17 @@ def test_a_value_of_the_wrong_type(arguments, expected):
     ("mlp_ratio", "0"), ("window", "0"), ("window_start", "0"), ("rotary_base", "0"), ("rms_epsilon", "-1e-6"),
     ("softcap", "-30"), ("muon_lr", "nan"), ("muon_lr", "inf"), ("embed_lr", "-0.1"), ("muon_momentum", "1"),
     ("adam_beta1", "1.0"), ("adam_beta2", "-0.5"), ("adam_epsilon", "nan"), ("momentum_warmup", "1.01"),
-    ("cooldown", "2"), ("cooldown", "-0.1"), ("newton_schulz_steps", "-1"), ("seed", "-1"), ("seed", str(2**64)),
-    ("window", str(2**40))])
+    ("cooldown", "2"), ("cooldown", "-0.1"), ("newton_schulz_steps", "-1"), ("seed", "-1"), ("seed", str(2**64))])
 def test_a_value_out_of_range_names_one_that_works(name, value):
     flag = "--" + name.replace("_", "-")
     line = refused_option(flag, value)
-    assert line.startswith(f"{flag} ") and "out of range" in line
-    example = line.rsplit(f"{flag} ", 1)[1].split()[0]
+    assert line.startswith(f"{flag} {value} ")
+    example = value_named_last(line, flag)
     assert getattr(parse_command_line([flag, example]), name) == pytest.approx(float(example))
 
 
-@pytest.mark.parametrize("name", ["micro_tokens", "val_every", "seed", "softcap", "newton_schulz_steps", "momentum_warmup",
-                                  "cooldown", "muon_momentum", "muon_momentum_start", "adam_beta1", "muon_lr"])
+@pytest.mark.parametrize("name", ["micro_tokens", "val_every", "seed", "softcap", "newton_schulz_steps", "cooldown",
+                                  "momentum_warmup", "muon_momentum", "muon_momentum_start", "adam_beta1", "muon_lr"])
 def test_zero_where_it_means_something(name):
     assert getattr(parse_command_line([f"--{name}", "0"]), name) == 0
 
@@ -183,22 +188,28 @@ def test_help_lists_every_field_with_default_and_unit(capsys):
             default = getattr(parse_command_line(["--preset", preset]), f.name)
             assert f"[{f.metadata['unit']}]" in line and line.rstrip().endswith(f.metadata["reason"])
             shown = line.split()[1]
-            assert float(shown) == pytest.approx(default, 1e-5) if f.type is float else shown == str(default).lower() or (
-                f.type is str and shown == default), line
+            if f.type is float:
+                assert float(shown) == pytest.approx(default, 1e-5)
+            else:
+                assert shown == (str(default).lower() if f.type is bool else str(default))
 
 
 def test_importing_has_no_side_effect(tmp_path):
     script = """
 import os, threading, torch, torch.distributed
-before = dict(os.environ), torch.get_rng_state(), torch.get_default_dtype(), torch.get_num_threads(), torch.initial_seed()
+def state():
+    random = torch.get_rng_state().tolist(), torch.initial_seed()
+    return dict(os.environ), random, torch.get_default_dtype(), torch.get_num_threads()
+before = state()
 import train_gpt2
-after = dict(os.environ), torch.get_rng_state(), torch.get_default_dtype(), torch.get_num_threads(), torch.initial_seed()
-assert all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in zip(before, after))
+assert state() == before
 assert not torch.distributed.is_initialized()
 assert not torch.cuda.is_initialized()
 assert threading.active_count() == 1
 """
-    done = start(["-B", "-c", script, "--steps", "bad"], cwd=tmp_path, env={"RANK": "1", "WORLD_SIZE": "2"})
+    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "RANK": "1", "WORLD_SIZE": "2"}  # and no more
+    done = subprocess.run([sys.executable, "-B", "-c", script, "--steps", "bad"], cwd=tmp_path, env=environment,
+                          capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert not list(tmp_path.iterdir())
 
@@ -255,7 +266,8 @@ def test_no_shard(refused_run, tmp_path, part):
     ({"separator": -1}, "separator -1")])
 @pytest.mark.parametrize("part", ["train_files", "val_files"])
 def test_a_header_that_lies(refused_run, tmp_path, part, overrides, expected):
-    path = write_shard(tmp_path / "bad.bin", random_documents(5000), **{"vocabulary": 257, "separator": 256, **overrides})
+    claims = {"vocabulary": 257, "separator": 256, **overrides}
+    path = write_shard(tmp_path / "bad.bin", random_documents(5000), **claims)
     line = refused_run(**{part: path})
     assert expected in line and str(path) in line and f"rm {path} && python data/text.py" in line
 
@@ -274,6 +286,11 @@ def test_a_truncated_large_shard_is_counted_to_the_token(refused_run, tmp_path):
     os.truncate(path, 1024 + 2 * 99_999_998)  # takes no room: the file has a hole
     line = refused_run(train_files=path)
     assert "99999998" in line.replace(",", "") and "100000000" in line.replace(",", "")
+
+
+def test_a_shard_without_tokens(refused_run, tmp_path):
+    path = write_shard(tmp_path / "empty.bin", [], 257, 256)
+    assert f"{path} promises 0 tokens" in refused_run(train_files=path)
 
 
 def test_a_folder_in_place_of_a_shard(refused_run, tmp_path):
@@ -318,13 +335,13 @@ def test_the_last_step_needs_one_token_more(tmp_path, steps, allowed):
 
 def test_a_single_validation_token(refused_run, tmp_path):
     path = write_shard(tmp_path / "one.bin", [256], 257, 256)
-    assert f"{path} holds 1 token, expected at least 2" in refused_run(val_files=path)
+    assert f"{path} holds 1 token, expected " in refused_run(val_files=path)
 
 
 def test_shards_that_disagree_on_the_vocabulary(refused_run, tmp_path):
     other = write_shard(tmp_path / "a.bin", random_documents(5000, 300, 299), 300, 299)
     line = refused_run(val_files=other)
-    assert "(257, 256)" in line and "(300, 299)" in line and "encode both the same way" in line
+    assert "(257, 256)" in line and "(300, 299)" in line and "python data/text.py" in line
     write_shard(tmp_path / "b.bin", random_documents(5000), 257, 256)
     assert "disagree on (vocabulary, separator)" in refused_run(train_files=tmp_path / "?.bin")
     separator = write_shard(tmp_path / "c.bin", random_documents(5000, 257, 255), 257, 255)
@@ -345,8 +362,12 @@ def test_an_output_folder_that_cannot_be_written(refused_run, corpus, tmp_path):
 
 @pytest.fixture
 def driver(tmp_path, monkeypatch):
-    """A function that puts a stand-in for nvidia-smi, or nothing, on an otherwise empty PATH. torch sees no GPU."""
+    """A function that puts a stand-in for nvidia-smi, or nothing, on an otherwise empty PATH. torch can use no GPU."""
+    def no_gpu():
+        raise RuntimeError("No CUDA GPUs\nare available")
+
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "init", no_gpu)
 
     def put(script: str | None) -> None:
         folder = tmp_path / "driver"
@@ -362,14 +383,16 @@ TWO_GPUS = "echo 'GPU 0: NVIDIA H100 (UUID: x)'; echo 'GPU 1: NVIDIA H100 (UUID:
 
 
 @pytest.mark.parametrize("device", ["auto", "cuda"])
-@pytest.mark.parametrize("built_for, reason", [(None, "built without CUDA"), ("13.0", "built for CUDA 13.0")])
-def test_a_gpu_that_torch_cannot_use_is_no_reason_to_train_on_the_cpu(refused_run, driver, monkeypatch, device, built_for,
-                                                                      reason):
+def test_a_gpu_that_torch_cannot_use_is_no_reason_to_train_on_the_cpu(refused_run, driver, device):
     driver(TWO_GPUS)
-    monkeypatch.setattr(torch.version, "cuda", built_for)
     line = refused_run(device=device)
-    assert "GPU 0: NVIDIA H100, GPU 1: NVIDIA H100" in line and reason in line
+    assert "GPU 0: NVIDIA H100, GPU 1: NVIDIA H100" in line and "No CUDA GPUs are available" in line
     assert torch.__version__ in line and "--device cpu" in line
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="this torch was built for CUDA")
+def test_a_torch_without_cuda_says_so(refused_run):
+    assert "not compiled with CUDA" in refused_run(device="cuda")
 
 
 def test_the_cpu_is_used_where_it_is_asked_for(corpus, driver, tmp_path):
@@ -377,7 +400,7 @@ def test_the_cpu_is_used_where_it_is_asked_for(corpus, driver, tmp_path):
     assert (run_here(corpus, device="cpu", out=tmp_path / "logs", steps=1) / "model.pt").exists()
 
 
-@pytest.mark.parametrize("script", [None, "echo 'No devices were found'", "echo 'GPU 0: NVIDIA H100 (UUID: x)'; exit 9"])
+@pytest.mark.parametrize("script", [None, "echo 'No devices were found'", f"{TWO_GPUS}; exit 9"])
 def test_without_a_gpu_auto_means_the_cpu_and_cuda_is_refused(driver, script):
     driver(script)
     config = parse_command_line(["--preset", "tiny"])
@@ -406,7 +429,8 @@ def test_a_missing_checkpoint(tmp_path):
     assert "Is a directory" in refused_checkpoint(tmp_path)
 
 
-@pytest.mark.parametrize("content", [b"", b"\0", b"garbage" * 100, b"PK\3\4" + b"\0" * 500, pickle.dumps({"config": 1})])
+@pytest.mark.parametrize("content", [b"", b"\0", b"garbage" * 100, b"PK\3\4" + b"\0" * 500,
+                                     pickle.dumps({"config": 1}, 2)])
 def test_garbage_is_no_checkpoint(tmp_path, content):
     (tmp_path / "bad.pt").write_bytes(content)
     refused_checkpoint(tmp_path / "bad.pt")
@@ -426,7 +450,6 @@ def without(values: dict, name: str) -> dict:
 @pytest.mark.parametrize("change", [
     lambda saved: saved["weights"],
     lambda saved: [saved],
-    lambda saved: torch.zeros(3),
     *(lambda saved, name=name: without(saved, name) for name in ("config", "vocabulary", "dtype", "weights")),
     lambda saved: {**saved, "weights": without(saved["weights"], "head")},
     lambda saved: {**saved, "weights": {**saved["weights"], "more": torch.zeros(1)}},
@@ -454,7 +477,8 @@ class Payload:
 @pytest.mark.parametrize("zipped", [True, False])
 def test_a_checkpoint_with_code_in_it_does_not_run_it(tmp_path, checkpoint, zipped):
     saved = torch.load(checkpoint, weights_only=True)
-    torch.save({**saved, "step": Payload(tmp_path / "ran")}, tmp_path / "evil.pt", _use_new_zipfile_serialization=zipped)
+    torch.save({**saved, "step": Payload(tmp_path / "ran")}, tmp_path / "evil.pt",
+               _use_new_zipfile_serialization=zipped)
     refused_checkpoint(tmp_path / "evil.pt")
     assert not (tmp_path / "ran").exists()
     torch.load(tmp_path / "evil.pt", weights_only=False)

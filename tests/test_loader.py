@@ -1,5 +1,6 @@
 """From shard files to rows: TokenStream, read_rows, read_tokens, the slices of several readers, and prefetching."""
 
+import math
 import os
 import threading
 import time
@@ -146,7 +147,8 @@ class Captured(Exception):
     """Carries the load function that a caller handed to `prefetched`, and how many batches it wants."""
 
 
-def captured_load(monkeypatch, call):
+def captured_load(monkeypatch, caller, *arguments):
+    """What `caller` hands to `prefetched`: its load function and the number of batches. Nothing is computed."""
     def stop(load, count, processes):
         raise Captured(load, count)
 
@@ -154,7 +156,7 @@ def captured_load(monkeypatch, call):
         patch.setattr(train_gpt2, "prefetched", stop)
         patch.setattr(train_gpt2.dist, "broadcast", lambda *_: None)
         with pytest.raises(Captured) as caught:
-            call()
+            caller(*arguments)
     return caught.value.args
 
 
@@ -166,7 +168,7 @@ def test_several_readers_of_training_rows_read_what_one_reads(tmp_path, monkeypa
     loads = []
     for rank in range(world):
         processes = Processes(rank, world, torch.device("cpu"))
-        load, count = captured_load(monkeypatch, lambda: train_gpt2.train(config, processes))
+        load, count = captured_load(monkeypatch, train_gpt2.train, config, processes)
         assert count == 4
         loads.append(load)
     for step in range(4):
@@ -188,8 +190,9 @@ def test_several_readers_of_validation_rows_count_each_token_once(tmp_path, monk
         shares = []
         for rank in range(world):
             processes = Processes(rank, world, torch.device("cpu"))
-            load, count = captured_load(
-                monkeypatch, lambda: train_gpt2.validate(model, stream, counted, micro_rows, 0, processes))
+            load, count = captured_load(monkeypatch, train_gpt2.validate, model, stream, counted, micro_rows, 0,
+                                        processes)
+            assert count == math.ceil(counted / (128 * micro_rows * world))
             shares.append([load(index) for index in range(count)])
         in_order = [batch for batches in zip(*shares, strict=True) for batch in batches]
         assert all(batch.inputs.shape == (micro_rows, 128) for batch in in_order)
@@ -227,9 +230,9 @@ def test_an_impossible_token_is_refused_with_its_shard_and_position(tmp_path):
     write_shard(tmp_path / "part_000.bin", random_documents(300), 257, SEPARATOR)
     stream = TokenStream(str(tmp_path / "part_*.bin"))  # opening looks for the first separator only
     assert np.array_equal(stream.read(300 + 2**20, 57)[0], tokens[2**20:2**20 + 57])
-    with pytest.raises(Refusal, match=rf"holds token 257 at position {2**20 + 57}, beyond its vocabulary of 257") as caught:
+    with pytest.raises(Refusal) as caught:
         stream.read(300 + 2**20 - 1000, 1100)
-    assert str(path) in caught.value.code
+    assert f"{path} holds token 257 at position {2**20 + 57}, beyond its vocabulary of 257" in caught.value.code
 
 
 # ----------------------------------------------------------------------------------------------------------------------

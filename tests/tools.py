@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import torch
 
 import train_gpt2
 
@@ -52,7 +53,7 @@ def write_corpus(folder: Path, train=(9000, 4000, 8000), val=(1500, 1200), vocab
 
 
 def command(folder: Path, **changes) -> list[str]:
-    """Command line for SMALL with changes, on the shards of `folder`, which is also where the runs go: folder / logs."""
+    """Command line for SMALL with changes, on the shards of `folder`; the runs go to folder / logs."""
     settings = {"train_files": folder / "text_train_*.bin", "val_files": folder / "text_val_*.bin",
                 "out": folder / "logs", **SMALL, **changes}
     return [f"--{name.replace('_', '-')}={str(value).lower() if isinstance(value, bool) else value}"
@@ -95,8 +96,8 @@ def start(arguments: list, **options) -> subprocess.CompletedProcess:
     """Run python with these arguments on one thread; after `timeout` seconds it and all it started are killed."""
     timeout = options.pop("timeout", 120)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **options.pop("env", {})}
-    process = subprocess.Popen([sys.executable, *map(str, arguments)], env=environment, text=True, start_new_session=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+    process = subprocess.Popen([sys.executable, *map(str, arguments)], env=environment, text=True,
+                               start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
     try:
         stdout, stderr = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
@@ -110,3 +111,42 @@ def torchrun(processes: int, script: Path, *arguments, **options) -> subprocess.
     """Run a script in several processes on this machine, as `torchrun --standalone` does."""
     return start(["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", script, *arguments],
                  **options)
+
+
+# What the tests of mask, model and optimizers share: layouts of documents, the mask by its definition, small models.
+
+
+def random_starts(rows: int, tokens: int, draw: np.random.Generator) -> torch.Tensor:
+    """(rows, tokens) bool, where documents start: none, a few, many or all; sometimes on block borders as well."""
+    starts = draw.random((rows, tokens)) < draw.choice([0, 0.003, 0.01, 0.05, 0.3, 1], (rows, 1))
+    if draw.random() < 0.4:
+        starts[:, ::128] |= draw.random(starts[:, ::128].shape) < 0.5
+    return torch.from_numpy(starts)
+
+
+def dense_mask(starts: torch.Tensor, window: int) -> torch.Tensor:
+    """(R, T) -> (R, T, T) bool, [row, query, key], word for word: not later, same document, less than window away."""
+    position, document = torch.arange(starts.shape[1]), starts.long().cumsum(1)
+    query, key = position[:, None], position[None, :]
+    return (key <= query) & (document[:, :, None] == document[:, None, :]) & (query - key < window)
+
+
+def small_model(vocabulary: int = 50, dtype: torch.dtype = torch.float64, spread: float = 0.0, **changes):
+    """A GPT with short rows. spread > 0: every parameter is drawn anew with about this spread around its first value,
+    so that none is zero and the output of no part vanishes."""
+    settings = dict(layers=4, heads=2, width=16, row_tokens=64, window=24, window_start=24, loss_chunk=50)
+    model = train_gpt2.GPT(train_gpt2.Config(**{**settings, **changes}), vocabulary, dtype)
+    draw = torch.Generator().manual_seed(1)
+    for parameter in model.parameters() if spread else ():
+        parameter.data += spread * torch.randn(parameter.shape, generator=draw, dtype=torch.float64).to(parameter.dtype)
+    return model
+
+
+def random_batch(rows: int, tokens: int, vocabulary: int = 50, seed: int = 0) -> train_gpt2.Batch:
+    """Random tokens and documents; a tenth of the targets is missing."""
+    draw = np.random.default_rng(seed)
+    text = draw.integers(0, vocabulary, (rows, tokens + 1))
+    targets = np.where(draw.random((rows, tokens)) < 0.1, -1, text[:, 1:])
+    starts = draw.random((rows, tokens)) < 0.05
+    return train_gpt2.Batch(torch.from_numpy(text[:, :-1].astype(np.int32)), torch.from_numpy(targets),
+                            torch.from_numpy(starts))

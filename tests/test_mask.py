@@ -1,0 +1,177 @@
+"""Which key each query may see: first keys, spans and block masks against the definition, and FlexAttention on top."""
+
+import numpy as np
+import pytest
+import torch
+from tools import dense_mask, random_starts
+from torch.nn.attention.flex_attention import create_block_mask, create_mask, flex_attention
+
+from train_gpt2 import MASK_BLOCK, attend, block_mask, first_visible_key, interval_rule, span_mask
+
+WINDOWS = (1, 2, 3, 31, 64, 100, 127, 128, 129, 255, 256, 257, 384, 512, 1000, 100_000)
+
+
+def random_layouts(count: int, tokens: tuple[int, ...], seed: int):
+    """Yield (starts, window): one to three rows of one of the given lengths."""
+    draw = np.random.default_rng(seed)
+    for _ in range(count):
+        rows, length, window = int(draw.integers(1, 4)), int(draw.choice(tokens)), int(draw.choice(WINDOWS))
+        yield random_starts(rows, length, draw), window
+
+
+def hand_made_layouts():
+    """Documents that end on block borders and one token beside them, with the windows where blocks fill up exactly."""
+    for borders in ([], [0], [128], [256], [127, 129], [128, 256, 384], [1, 255, 257, 511], [383, 384, 385]):
+        starts = torch.zeros(2, 512, dtype=torch.bool)
+        starts[0, borders] = True  # the second row is one headless document
+        yield from ((starts, window) for window in (1, 127, 128, 129, 256, 511, 512, 513))
+
+
+def softmax_attention(query, key, value, visible):
+    """Attention in float64 as in the textbook; visible is (R, T, T)."""
+    query, key, value = query.double(), key.double(), value.double()
+    scores = query @ key.mT / query.shape[-1]**0.5
+    return scores.masked_fill(~visible[:, None], -torch.inf).softmax(-1) @ value
+
+
+# ---- first keys and the rule -----------------------------------------------------------------------------------------
+
+
+def test_interval_is_the_definition():
+    lengths = (1, 2, 5, 17, 64, 127, 128, 200, 300)
+    for starts, window in [*random_layouts(400, lengths, seed=1), *hand_made_layouts()]:
+        first_key = first_visible_key(starts, window)
+        position = torch.arange(starts.shape[1])
+        row = torch.arange(starts.shape[0])[:, None, None]
+        seen = interval_rule(first_key)(row, None, position[:, None], position)
+        assert torch.equal(seen, dense_mask(starts, window)), (starts.nonzero(), window)
+
+
+def test_first_key_is_int32_and_never_decreases():
+    for starts, window in random_layouts(100, (64, 200), seed=2):
+        first_key = first_visible_key(starts, window)
+        assert first_key.dtype == torch.int32 and first_key.shape == starts.shape
+        assert (first_key.diff(dim=1) >= 0).all() and (first_key <= torch.arange(starts.shape[1])).all()
+
+
+# ---- spans -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("block", [1, 7, 128, 256])
+def test_spans_cover_every_query_once_and_hide_nothing(block):
+    for starts, window in random_layouts(60, (5, 64, 300, 512), seed=block):
+        rows, tokens = starts.shape
+        seen, visits = torch.zeros(rows, tokens, tokens, dtype=torch.bool), torch.zeros(tokens, dtype=torch.int)
+        for span in span_mask(first_visible_key(starts, window), block):
+            seen[:, span.queries, span.keys] = span.visible[:, 0]
+            visits[span.queries] += 1
+        assert (visits == 1).all() and torch.equal(seen, dense_mask(starts, window))
+
+
+def test_spans_do_not_read_keys_that_no_row_sees():
+    starts = torch.zeros(2, 1024, dtype=torch.bool)
+    starts[0, 700] = True
+    widths = [span.keys.stop - span.keys.start for span in span_mask(first_visible_key(starts, 100), 256)]
+    assert widths == [256, 355, 355, 355]
+
+
+def test_attention_over_spans():
+    torch.manual_seed(0)
+    for starts, window in [*random_layouts(12, (40, 256, 600), seed=3), *list(hand_made_layouts())[::9]]:
+        rows, tokens = starts.shape
+        query, key, value = torch.randn(3, rows, 2, tokens, 8, dtype=torch.float64)
+        found = attend(query, key, value, span_mask(first_visible_key(starts, window)))
+        expected = softmax_attention(query, key, value, dense_mask(starts, window))
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
+# ---- block masks -----------------------------------------------------------------------------------------------------
+
+
+def grid(numbers: torch.Tensor, lists: torch.Tensor) -> torch.Tensor:
+    """Counts (R, 1, N) and lists (R, 1, N, N) -> how often each block is listed, (R, N, N)."""
+    blocks = numbers.shape[-1]
+    assert numbers.dtype == lists.dtype == torch.int32
+    assert ((numbers >= 0) & (numbers <= blocks)).all()
+    assert ((lists >= 0) & (lists < blocks)).all()  # also beyond the count: kernels fetch ahead
+    listed = torch.zeros(len(numbers), blocks, blocks, dtype=torch.int)
+    for row, one in enumerate(listed):
+        for block in range(blocks):
+            for other in lists[row, 0, block, :numbers[row, 0, block]].tolist():
+                one[block, other] += 1
+    return listed
+
+
+def tiles(visible: torch.Tensor) -> torch.Tensor:
+    """(R, T, T) -> (R, N, N, pairs in a block)."""
+    rows, tokens, _ = visible.shape
+    blocks = tokens // MASK_BLOCK
+    parts = visible.view(rows, blocks, MASK_BLOCK, blocks, MASK_BLOCK).transpose(2, 3)
+    return parts.reshape(rows, blocks, blocks, MASK_BLOCK**2)
+
+
+def test_blocks_are_exactly_those_of_the_definition():
+    for starts, window in [*random_layouts(200, (128, 256, 384, 640, 768), seed=4), *hand_made_layouts()]:
+        mask = block_mask(first_visible_key(starts, window))
+        inside = tiles(dense_mask(starts, window))
+        full, touched = inside.all(-1).int(), inside.any(-1).int()
+        assert torch.equal(grid(mask.full_kv_num_blocks, mask.full_kv_indices), full)
+        assert torch.equal(grid(mask.kv_num_blocks, mask.kv_indices), touched - full)
+        assert torch.equal(grid(mask.full_q_num_blocks, mask.full_q_indices), full.mT)
+        assert torch.equal(grid(mask.q_num_blocks, mask.q_indices), (touched - full).mT)
+        assert mask.BLOCK_SIZE == (MASK_BLOCK, MASK_BLOCK) and mask.seq_lengths == starts.shape[1:] * 2
+
+
+def test_blocks_agree_with_torch():
+    for starts, window in [*random_layouts(12, (384, 512), seed=5), *list(hand_made_layouts())[::5]]:
+        rows, tokens = starts.shape
+        document = starts.long().cumsum(1)
+
+        def definition(row, head, query, key):
+            return (key <= query) & (document[row, query] == document[row, key]) & (query - key < window)
+
+        ours = block_mask(first_visible_key(starts, window))
+        theirs = create_block_mask(definition, rows, 1, tokens, tokens, device="cpu", BLOCK_SIZE=MASK_BLOCK)
+        for side in ("kv", "full_kv", "q", "full_q"):
+            names = f"{side}_num_blocks", f"{side}_indices"
+            assert torch.equal(grid(*(getattr(ours, name) for name in names)),
+                               grid(*(getattr(theirs, name) for name in names))), side
+        assert torch.equal(create_mask(ours.mask_mod, rows, 1, tokens, tokens, device="cpu")[:, 0],
+                           dense_mask(starts, window))
+
+
+# ---- FlexAttention, compiled for the CPU (forward only; it has no backward there) ------------------------------------
+
+
+@pytest.fixture(scope="module")
+def compiled_flex():
+    """(starts, window) -> largest deviation of compiled FlexAttention from the textbook, for rows of one shape."""
+    flex = torch.compile(flex_attention, dynamic=False)
+
+    @torch.no_grad()
+    def deviation(starts, window) -> float:
+        query, key, value = torch.randn(3, 2, 2, 384, 16, generator=torch.Generator().manual_seed(window))
+        found = flex(query, key, value, block_mask=block_mask(first_visible_key(starts, window)))
+        return (found - softmax_attention(query, key, value, dense_mask(starts, window))).abs().max().item()
+
+    return deviation
+
+
+def starts_at(*places) -> torch.Tensor:
+    """(2, 384): documents of the first row; the second row has one more, at 300."""
+    starts = torch.zeros(2, 384, dtype=torch.bool)
+    starts[:, list(places)] = True
+    starts[1, 300] = True
+    return starts
+
+
+@pytest.mark.parametrize("places, window", [((), 1000), ((0, 128, 256), 128), ((5, 77), 100)])
+def test_flex_attention_under_the_block_mask(compiled_flex, places, window):
+    assert compiled_flex(starts_at(*places), window) < 2e-6
+
+
+def test_window_and_documents_are_runtime_values(compiled_flex):
+    compiled_flex(starts_at(), 64)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        assert compiled_flex(starts_at(1, 200), 100) < 2e-6
+        assert compiled_flex(starts_at(128), 1792) < 2e-6
