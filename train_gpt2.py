@@ -103,7 +103,7 @@ class Config:
     adam_epsilon: float = setting(1e-8, "-", "Adam, added to the root of the bias-corrected squares")
     cooldown: float = setting(562 / 1875, "of steps", "last part of the run, rates linear to zero; 0: none", 0, 1)
     # the machine
-    seed: int = setting(0, "-", "seed of the initial weights")
+    seed: int = setting(0, "-", "seed of the initial weights and of the shuffle", 0, 2**63 - 1)
     device: str = setting("auto", "auto|cpu|cuda", "auto: the GPU if there is one")
     dtype: str = setting("auto", "auto|bfloat16|float32|float64", "auto: bfloat16 where the hardware is made for it")
     compile: str = setting("auto", "auto|none", "auto: torch.compile with FlexAttention on a GPU, eager on a CPU")
@@ -139,9 +139,10 @@ def parse_command_line(arguments: list[str]) -> Config:
             raise Refusal(f"{flag} needs a value: {flag} {options[name].default}")
         given[name] = parse_value(flag, value if equals else words.pop(0), options[name])
     preset = given.get("preset", Config.preset)
-    config = Config(**{**PRESETS[preset], **given, "preset": preset})
-    if "window_start" not in given:  # a window that was constant stays constant when it is changed
-        config = dataclasses.replace(config, window_start=min(config.window_start, config.window))
+    base = Config(**{**PRESETS[preset], "preset": preset})
+    if "window" in given and base.window_start == base.window:  # constant stays constant
+        given.setdefault("window_start", given["window"])
+    config = dataclasses.replace(base, **given)
     check_config(config)
     return config
 
@@ -336,7 +337,7 @@ def open_shard(path: str | Path) -> Shard:
     if version != SHARD_VERSION:
         raise Refusal(f"{path} has shard version {version}, expected {SHARD_VERSION}; {mend}")
     if count <= 0 or size != 4 * HEADER_WORDS + 2 * count:
-        raise Refusal(f"{path} promises {count} tokens but holds {(size - 4 * HEADER_WORDS) / 2:g}: "
+        raise Refusal(f"{path} promises {count} tokens but holds {(size - 4 * HEADER_WORDS) // 2}: "
                       f"{'truncated' if size < 4 * HEADER_WORDS + 2 * count else 'damaged'}; {mend}")
     vocabulary = vocabulary or GPT2_VOCABULARY
     separator = separator or (GPT2_SEPARATOR if vocabulary > GPT2_SEPARATOR else 0)
@@ -480,7 +481,7 @@ def first_visible_key(starts: Tensor, window: int) -> Tensor:
     """(R, T) bool, tokens -> (R, T) int32: the first key each query sees, itself at the latest."""
     position = torch.arange(starts.shape[1], dtype=torch.int32, device=starts.device)
     document = (position * starts).cummax(dim=1).values
-    return torch.maximum(document, position - (window - 1))
+    return torch.maximum(document, position - (min(window, len(position)) - 1))
 
 
 def interval_rule(first_key: Tensor):
@@ -1172,10 +1173,10 @@ def open_data(config: Config) -> tuple[TokenStream, TokenStream, int]:
         raise Refusal(f"the run needs {needed:,} training tokens, {config.train_files} holds {train.tokens:,}; get "
                       f"more: {shard_command(config.train_files, shards)}; or give --repeat true"
                       + f" or --steps {most}" * (most > 0))
-    if min(val.tokens - 1, train.tokens // config.row_tokens) < 1:
-        raise Refusal(f"{config.train_files} holds {train.tokens} tokens and {config.val_files} {val.tokens}, expected "
-                      f"a row of {config.row_tokens} and 2; get more: "
-                      f"{shard_command(config.val_files)}")
+    for stream, pattern, least in ((train, config.train_files, config.row_tokens + 1), (val, config.val_files, 2)):
+        if stream.tokens < least:
+            raise Refusal(f"{pattern} holds {stream.tokens} token{'s' * (stream.tokens > 1)}, expected {least} or "
+                          f"more; get them: {shard_command(pattern)}")
     return train, val, min(config.val_tokens, val.tokens - 1)
 
 
