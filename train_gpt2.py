@@ -595,8 +595,8 @@ class Block(nn.Module):
         self.mlp = nn.Parameter(torch.zeros(2, hidden, width, dtype=dtype))  # up, down transposed
 
     def forward(self, x: Tensor, x0: Tensor, skip: Tensor | None, first_value: Tensor | None, mix: Mix,
-                rotary: tuple[Tensor, Tensor], mask) -> tuple[Tensor, Tensor]:
-        """Streams (R, T, D) and layer 0's values (R, H, T, K) -> the new stream and this layer's own values."""
+                rotary: tuple[Tensor, Tensor], mask) -> tuple[Tensor, Tensor | None]:
+        """Streams (R, T, D) and layer 0's values (R, H, T, K) -> the new stream; layer 0 also returns its values."""
         if skip is not None:
             x = x + mix.skip * skip
         if mix.x0 is not None:
@@ -605,7 +605,7 @@ class Block(nn.Module):
         x = x + attended
         up, down = self.mlp.to(x.dtype).unbind(0)
         hidden = F.linear(rms_norm(x, self.epsilon), up).relu().square()  # ReLU^2 (Primer): sparse and cheap
-        return x + hidden @ down, value
+        return x + hidden @ down, value if first_value is None else None
 
     def attend(self, x: Tensor, first_value: Tensor | None, mix: Mix, rotary, mask) -> tuple[Tensor, Tensor]:
         into, out = self.attention.to(x.dtype).split((3, 1))
@@ -617,7 +617,8 @@ class Block(nn.Module):
         return F.linear(seen.transpose(1, 2).flatten(2), out[0]), value
 
 
-def run_block(block: Block, *arguments) -> tuple[Tensor, Tensor]:
+def run_block(block: Block, *arguments) -> tuple[Tensor, Tensor | None]:
+    """What is compiled: the block is an argument, so its weights are inputs of the graph and not part of it."""
     return block(*arguments)
 
 
@@ -677,8 +678,7 @@ class GPT(nn.Module):
                 x, value = self.run_block(*arguments)
             if layer < self.mirrored:
                 outputs.append(x)
-            if layer == 0:
-                first_value = value
+            first_value = value if layer == 0 else first_value
         return rms_norm(x, self.config.rms_epsilon)
 
     def loss(self, batch: Batch, mask: BlockMask | list[Span]) -> Tensor:

@@ -64,7 +64,7 @@ def test_singular_values_end_in_the_band(rows, columns, dtype, low, high, scale)
     matrices = torch.stack([with_singular_values(rows, columns, values) for values in spectra])
     found = newton_schulz((scale * matrices).float() if dtype != torch.float64 else scale * matrices, 5, dtype)
     assert found.dtype == dtype
-    for values, matrix in zip(spectra, found.double()):
+    for values, matrix in zip(spectra, found.double(), strict=True):
         counted = (values / values.norm() > 0.0101).sum()
         reached = torch.linalg.svdvals(matrix)[:counted]
         assert low <= reached.min() and reached.max() <= high
@@ -231,11 +231,11 @@ def test_parameters_and_gradients_are_views_of_one_tensor():
     before = [parameter.detach().clone() for parameter in parameters]
     group = Group("three", parameters, 2, 0.1, ALONE)
     assert group.weights.shape == group.gradients.shape == (10, 6, 6)
-    for parameter, value in zip(parameters, before):
+    for parameter, value in zip(parameters, before, strict=True):
         assert torch.equal(parameter, value) and (parameter.grad == 0).all()
     group.weights.add_(1)
     group.gradients[4:8] = 2
-    for i, (parameter, value) in enumerate(zip(parameters, before)):
+    for i, (parameter, value) in enumerate(zip(parameters, before, strict=True)):
         assert torch.equal(parameter, value + 1) and (parameter.grad == (2 if i == 1 else 0)).all()
     (3 * parameters[2]).sum().backward()  # adds to the gradient in place
     assert (group.gradients[8:] == 3).all() and (group.gradients[:4] == 0).all()
@@ -251,7 +251,7 @@ def test_slices_of_three_processes_cover_everything_once(shapes, item, length):
         group = Group("any", parameters, item, 0.1, Processes(rank, 3, torch.device("cpu")))
         covered[group.mine] += 1
         assert len(group.weights) == len(group.gradients) == length and group.weights.dim() == 1 + item
-        assert all(torch.equal(parameter, value) for parameter, value in zip(parameters, before))
+        assert all(torch.equal(parameter, value) for parameter, value in zip(parameters, before, strict=True))
         numbers = sum(value.numel() for value in before)
         assert (group.weights.flatten()[numbers:] == 0).all()
         assert len(group.shard) == len(group.shard_gradient) == length // 3

@@ -1,0 +1,108 @@
+"""run.sh and every command of the README, run in a copy of the repository. What needs a GPU, a network or minutes is
+named with the reason; a command that the README gains must be added here."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+SHORT = "--steps 2 --val-every 0 --val-tokens 2048 --layers 2 --width 32 --heads 1"  # added to training commands
+NEEDS_GPU, NEEDS_NETWORK = "needs a GPU", "needs a network"
+COMMANDS = {
+    "./run.sh": SHORT,
+    "./run.sh --steps 100": NEEDS_GPU,  # the same path as above here
+    "./run.sh test": "runs these tests",
+    "./run.sh test -m slow tests": "runs these tests",
+    "./run.sh check": "",
+    "python data/fineweb.py 10": NEEDS_NETWORK,
+    "torchrun --standalone --nproc_per_node=8 train_gpt2.py": NEEDS_GPU,
+    "torchrun --standalone --nproc_per_node=N train_gpt2.py": NEEDS_GPU,
+    "torchrun --standalone --nproc_per_node=8 records/timing.py": NEEDS_GPU,
+    "python train_gpt2.py": NEEDS_GPU,
+    "python train_gpt2.py --recompute true --loss-chunk 2048": NEEDS_GPU,
+    "python data/text.py": "",
+    "python train_gpt2.py --preset tiny": SHORT,
+    "python train_gpt2.py --help": "",
+    'python evals/sample.py logs/RUN/model.pt --prompt "def "': "--tokens 20",
+    "python data/text.py notes/ book.txt more.jsonl --out data/mine": "",
+    "python data/text.py input.txt --out data/shakespeare": "",
+    "python records/timing.py --preset five-minute --tokens-per-step 16384 --row-tokens 1024": "takes minutes",
+    "python train_gpt2.py --tokens-per-step 16384 --row-tokens 1024": "takes hours",
+    "python records/parts.py": "",
+    "python records/pictures.py": "",
+    "python records/check.py": "is ./run.sh check",
+    "python records/timing.py OPTIONS": "a placeholder",
+    "torchrun --standalone --nproc_per_node=8 train_gpt2.py --seed K": NEEDS_GPU,
+}
+SHAKESPEARE = ("python train_gpt2.py --preset tiny --steps 110 --val-every 10 "
+               "--train-files 'data/shakespeare/*train*.bin' --val-files 'data/shakespeare/*val*.bin'")
+COMMANDS[SHAKESPEARE] = "--val-tokens 2048 --layers 2 --width 32 --heads 1"
+ORDER = list(COMMANDS)
+
+
+def readme_commands() -> set[str]:
+    """Lines of code blocks and inline code that start with a command of ours, without their comments."""
+    text = (ROOT / "README.md").read_text() + (ROOT / "records" / "README.md").read_text()
+    blocks = "\n".join(re.findall(r"```\n(.*?)```", text, re.S)).replace("\\\n", " ")
+    inline = re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.S))
+    lines = [re.split(r"\s+# ", line)[0].strip() for line in [*blocks.splitlines(), *inline]]
+    return {re.sub(r"\s+", " ", line) for line in lines if re.match(r"(\./run\.sh|python \S+\.py|torchrun )", line)}
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory) -> Path:
+    """What git would clone, so that nothing is left behind here, with some text for the commands that name it."""
+    folder = tmp_path_factory.mktemp("clone") / "repository"
+    ignored = shutil.ignore_patterns(".git", ".venv", "logs", "fineweb10B", "text", "__pycache__", ".pytest_cache")
+    shutil.copytree(ROOT, folder, ignore=ignored)
+    (folder / "notes").mkdir()
+    (folder / "notes" / "a.txt").write_text("To be, or not to be.\n" * 50)
+    (folder / "book.txt").write_text("Call me Ishmael.\n" * 50)
+    (folder / "more.jsonl").write_text('{"text": "It was the best of times."}\n' * 3)
+    (folder / "input.txt").write_text("First Citizen: Before we proceed any further, hear me speak.\n" * 5000)
+    return folder
+
+
+def run(command: str, folder: Path, cwd: Path | None = None) -> str:
+    bin_folder = Path(sys.executable).parent
+    environment = {**os.environ, "VIRTUAL_ENV": sys.prefix, "PATH": f"{bin_folder}{os.pathsep}{os.environ['PATH']}",
+                   "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(["bash", "-c", command], cwd=cwd or folder, env=environment, capture_output=True, text=True,
+                          timeout=300)
+    assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+    return done.stdout
+
+
+def test_the_readme_names_only_commands_that_are_known_here():
+    assert readme_commands() - set(COMMANDS) == set()
+
+
+@pytest.mark.parametrize("command", [c for c in ORDER if not c.startswith("torchrun") and " " not in COMMANDS[c].strip()
+                                     or COMMANDS[c].startswith("--")])
+def test_command(command, copy):
+    if command == "./run.sh":
+        output = run(f"{copy}/run.sh {SHORT}", copy, cwd=copy.parent)  # from any folder
+        assert "final val_loss" in output and "a sample of what it learned" in output and "def " in output
+        return
+    runs = sorted((copy / "logs").glob("*/model.pt"))
+    output = run(f"{command} {COMMANDS[command]}".replace("logs/RUN/model.pt", str(runs[-1]) if runs else ""), copy)
+    expected = {"check": "ok: this machine", "--help": "--tokens-per-step", "parts.py": "million tokens/s",
+                "train_gpt2.py --preset": "final val_loss", "sample.py": "def ", "text.py": "train on them with"}
+    for part, text in expected.items():
+        if part in command:
+            assert text in output
+
+
+def test_run_sh_says_what_it_does_and_passes_arguments_on(copy):
+    refused = subprocess.run(["bash", str(copy / "run.sh"), "--stepz", "3"], capture_output=True, text=True,
+                             env={**os.environ, "VIRTUAL_ENV": sys.prefix, "CUDA_VISIBLE_DEVICES": "",
+                                  "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"})
+    assert refused.returncode != 0
+    assert "==> no GPU: training the tiny model on this CPU" in refused.stdout
+    assert "--steps" in refused.stderr and "Traceback" not in refused.stderr
