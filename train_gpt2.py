@@ -114,8 +114,8 @@ PRESETS = {
     "five-minute": {},
     "tiny": {
         "train_files": "data/text/text_train_*.bin", "val_files": "data/text/text_val_*.bin",
-        "shuffle": True, "steps": 480, "tokens_per_step": 2048, "row_tokens": 256, "val_every": 30,
-        "val_tokens": 131_072, "layers": 4, "heads": 2, "width": 128, "window": 128, "window_start": 128,
+        "shuffle": True, "steps": 960, "tokens_per_step": 1024, "row_tokens": 128, "val_every": 40,
+        "val_tokens": 131_072, "layers": 3, "heads": 1, "width": 128, "window": 128, "window_start": 128,
         "muon_momentum": 0.8, "muon_momentum_start": 0.8, "adam_beta1": 0.65, "cooldown": 0.6,
     },
 }
@@ -825,12 +825,12 @@ def newton_schulz(update: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
     x = update / update.abs().amax((-2, -1), keepdim=True).clamp_min(smallest)
     x = (x / x.square().sum((-2, -1), keepdim=True).sqrt().clamp_min(1)).to(dtype)
     tall = x.shape[-2] > x.shape[-1]
-    x = x.mT if tall else x
+    x = (x.mT if tall else x).reshape(-1, *sorted(x.shape[-2:]))  # (matrices, short side, long side)
     a, b, c = NEWTON_SCHULZ
     for _ in range(steps):
         gram = x @ x.mT
-        x = a * x + (b * gram + c * (gram @ gram)) @ x
-    return x.mT if tall else x
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x.mT if tall else x).reshape(update.shape)
 
 
 def muon_update(weight: Tensor, gradient: Tensor, momentum: Tensor, scale: Tensor, rate: Tensor, decay: Tensor,
