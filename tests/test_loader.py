@@ -11,7 +11,8 @@ import torch
 
 import train_gpt2
 from tools import configuration, random_documents, write_corpus, write_shard
-from train_gpt2 import Batch, Processes, Refusal, TokenStream, open_shard, prefetched, read_rows, read_tokens
+from train_gpt2 import (Batch, Processes, Refusal, TokenStream, open_shard, prefetched, read_rows, read_tokens,
+                        row_positions)
 
 ALONE = Processes(0, 1, torch.device("cpu"))
 SEPARATOR = 256
@@ -300,3 +301,33 @@ def test_reading_happens_in_one_other_thread():
     list(prefetched(load, 5, ALONE))
     assert len(set(seen)) == 1
     assert threading.get_ident() not in seen
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Which rows a step takes
+
+
+def rows_of_steps(config, stream_tokens: int, steps: int) -> list[int]:
+    return [position // config.row_tokens
+            for step in range(steps) for position in row_positions(config, stream_tokens, step)]
+
+
+def test_in_order_rows_follow_each_other(tmp_path):
+    config = configuration(tmp_path, shuffle="false", row_tokens=128, tokens_per_step=640)
+    assert rows_of_steps(config, 10_000, 9) == list(range(45))
+
+
+@pytest.mark.parametrize("stream_tokens, whole", [(7 * 128 + 1, 7), (8 * 128, 7), (20 * 128 + 50, 20)])
+def test_shuffled_every_whole_row_is_dealt_out_once_per_pass(tmp_path, stream_tokens, whole):
+    config = configuration(tmp_path, shuffle="true", row_tokens=128, tokens_per_step=640, seed=3)
+    rows = rows_of_steps(config, stream_tokens, 3 * whole)  # 15 passes; steps straddle their borders
+    passes = [rows[begin:begin + whole] for begin in range(0, len(rows), whole)]
+    assert all(sorted(one) == list(range(whole)) for one in passes)
+    assert len(set(map(tuple, passes))) > 10  # each in another order
+
+
+def test_the_seed_decides_the_order(tmp_path):
+    settings = {"shuffle": "true", "row_tokens": 128, "tokens_per_step": 640}
+    first, again, other = (rows_of_steps(configuration(tmp_path, **settings, seed=seed), 100 * 128 + 1, 20)
+                           for seed in (1, 1, 2))
+    assert first == again != other

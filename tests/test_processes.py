@@ -12,10 +12,10 @@ from tools import ROOT, SMALL, command, losses, metrics, run_folders, run_here, 
 
 WORKER = Path(__file__).with_name("worker.py")
 COMMON = dict(tokens_per_step=2048, steps=10, val_every=5, micro_tokens=128)
-EXACT = {**COMMON, "dtype": "float64"}
+EXACT = {**COMMON, "dtype": "float64", "shuffle": "true"}
 SINGLE = {**COMMON, "dtype": "float32"}
 # Six rows for three processes; 2 layers have 4 MLP and 8 attention matrices, so that both groups need padding.
-SIX_ROWS = {**EXACT, "layers": 2, "tokens_per_step": 768, "steps": 6}
+SIX_ROWS = {**EXACT, "shuffle": "false", "layers": 2, "tokens_per_step": 768, "steps": 6}
 MICRO_ROWS = [1, 3, 4]
 
 
