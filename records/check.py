@@ -55,7 +55,8 @@ def measure() -> list[float]:
 def main() -> None:
     losses = measure()
     if sys.argv[1:] == ["--store"]:
-        STORED.write_text(json.dumps({"torch": torch.__version__, "losses": [round(loss, 6) for loss in losses]}) + "\n")
+        rounded = [round(loss, 6) for loss in losses]
+        STORED.write_text(json.dumps({"torch": torch.__version__, "losses": rounded}) + "\n")
         print(f"stored {len(losses)} losses in {STORED.name}")
         return
     stored = json.loads(STORED.read_text())["losses"]

@@ -40,7 +40,7 @@ COMMANDS = {
     "python records/timing.py OPTIONS": "a placeholder",
     "torchrun --standalone --nproc_per_node=8 train_gpt2.py --seed K": NEEDS_GPU,
 }
-SHAKESPEARE = ("python train_gpt2.py --preset tiny --steps 110 --val-every 10 "
+SHAKESPEARE = ("python train_gpt2.py --preset tiny --steps 150 --val-every 10 "
                "--train-files 'data/shakespeare/*train*.bin' --val-files 'data/shakespeare/*val*.bin'")
 COMMANDS[SHAKESPEARE] = "--val-tokens 2048 --layers 2 --width 32 --heads 1"
 ORDER = list(COMMANDS)
