@@ -9,8 +9,8 @@ The file reads from top to bottom in the order the data flows:
     configuration -> processes -> shards to rows -> rows to attention mask -> model -> loss -> optimizers
     -> schedules -> validation -> log and checkpoint -> training loop
 
-Importing it does nothing. State lives in three places only: a frozen Config, the model's parameters, and the buffers
-of the optimizers. Sizes are in tokens unless a name says otherwise. Shapes: R rows, T tokens per row, D width,
+Importing it does nothing. State lives in three places only: a frozen Config, the model's parameters, and the groups of
+the optimizers. Sizes are in tokens unless a name says otherwise. Shapes: R rows, T tokens per row, D width,
 H heads, K = D / H, V vocabulary.
 """
 
@@ -19,6 +19,7 @@ import dataclasses
 import difflib
 import functools
 import glob
+import importlib.util
 import json
 import math
 import os
@@ -162,9 +163,10 @@ def parse_value(flag: str, text: str, option: dataclasses.Field):
     low, high = option.metadata["low"], option.metadata["high"]
     try:
         value = option.type(text)
-    except ValueError:
-        value = math.nan
-    if option.type in (int, float) and not (low <= value <= high and math.isfinite(value)):
+        valid = option.type is str or (low <= value <= high and math.isfinite(value))
+    except (ValueError, OverflowError):
+        valid = False
+    if not valid:
         kind = {int: "a whole number", float: "a number"}[option.type]
         bounds = f"from {low} to {high}" if high < math.inf else f"of at least {low}"
         raise Refusal(f"{flag} {text} is not {kind} {bounds}; for example {flag} {option.default}")
@@ -238,11 +240,7 @@ class Processes(NamedTuple):
 
     def event(self) -> torch.cuda.Event | None:
         """A mark behind what the device has been given so far; None on a CPU, which has done it already."""
-        if self.device.type != "cuda":
-            return None
-        mark = torch.cuda.Event()
-        mark.record()
-        return mark
+        return torch.cuda.current_stream().record_event() if self.device.type == "cuda" else None
 
 
 def start_processes(config: Config) -> Processes:
@@ -263,6 +261,9 @@ def start_processes(config: Config) -> Processes:
         torch.cuda.set_device(device)
     if device.type == "cpu":
         keep_freed_memory()
+    if world > 1 and "MASTER_ADDR" not in os.environ:
+        raise Refusal(f"WORLD_SIZE is {world}, but MASTER_ADDR is not set; let torchrun start the processes: "
+                      f"torchrun --standalone --nproc_per_node={world} train_gpt2.py")
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
                                 device_id=device if device.type == "cuda" else None)
@@ -291,7 +292,7 @@ def driver_gpus() -> str:
 
 
 def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
-    """The dtype of activations, and of tables and Newton-Schulz. Master weights are at least float32."""
+    """The dtype of activations, embedding and Newton-Schulz. All other weights are stored in at least float32."""
     if config.dtype != "auto":
         return getattr(torch, config.dtype)
     on_gpu = device.type == "cuda"
@@ -320,10 +321,14 @@ class Shard(NamedTuple):
     vocabulary: int
     separator: int
 
+    @property
+    def mend(self) -> str:
+        return f"fetch or write it again: rm {self.path} && {shard_command(self.path)}"
+
 
 def open_shard(path: str | Path) -> Shard:
     """Check the header against the file. Raises Refusal naming the file and what is wrong with it."""
-    mend = f"fetch or write it again: rm {path} && {shard_command(path)}"
+    mend = Shard(str(path), 0, 0, 0).mend
     try:
         size = os.path.getsize(path)
         header = np.fromfile(path, "<i4", HEADER_WORDS)
@@ -357,15 +362,14 @@ def read_tokens(shard: Shard, start: int, count: int) -> np.ndarray:
     try:
         tokens = np.fromfile(shard.path, "<u2", count, offset=4 * HEADER_WORDS + 2 * start)
     except OSError as error:
-        raise Refusal(f"shard {shard.path} can no longer be read: {error.strerror}; write it again: "
-                      f"{shard_command(shard.path)}") from None
+        raise Refusal(f"shard {shard.path} can no longer be read: {error.strerror}; {shard.mend}") from None
     if len(tokens) < count:
         raise Refusal(f"shard {shard.path} ends at token {start + len(tokens)} of {shard.tokens}: it was cut after the "
-                      f"start; write it again: rm {shard.path} && {shard_command(shard.path)}")
+                      f"start; {shard.mend}")
     if count and int(tokens.max()) >= shard.vocabulary:
         at = start + int(tokens.argmax())
         raise Refusal(f"shard {shard.path} holds token {tokens.max()} at position {at}, beyond its vocabulary of "
-                      f"{shard.vocabulary}; write it again: rm {shard.path} && {shard_command(shard.path)}")
+                      f"{shard.vocabulary}; {shard.mend}")
     return tokens
 
 
@@ -452,6 +456,7 @@ def prefetched(load, count: int, processes: Processes):
         batch = load(index)
         if copies is None:
             return batch
+        torch.cuda.set_device(processes.device)  # a new thread starts on GPU 0, whatever its process uses
         with torch.cuda.stream(copies):
             batch = Batch(*(part.pin_memory().to(processes.device, non_blocking=True) for part in batch))
         copies.synchronize()
@@ -511,7 +516,7 @@ def block_mask(first_key: Tensor) -> BlockMask:
         return count[:, None], (first[..., None] + block).clamp_(max=len(block) - 1)[:, None]
 
     def with_diagonal(first: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
-        """The same with each block's own number in front."""
+        """The same with each block's own number in front, where the interval is begun one early to make room."""
         counts, numbers = listed(first - 1, count + 1)
         numbers[..., 0] = key[:, None]
         return counts, numbers
@@ -585,7 +590,7 @@ class Mix(NamedTuple):
 
 
 class Block(nn.Module):
-    """Attention and MLP, each added to the stream. Holds no layer number: one compiled graph serves all layers."""
+    """Attention and MLP, each added to the stream. Holds no layer number, so that layers share compiled graphs."""
 
     def __init__(self, config: Config, dtype: torch.dtype):
         super().__init__()
@@ -601,13 +606,13 @@ class Block(nn.Module):
             x = x + mix.skip * skip
         if mix.x0 is not None:
             x = mix.stream * x + mix.x0 * x0
-        attended, value = self.attend(rms_norm(x, self.epsilon), first_value, mix, rotary, mask)
+        attended, value = self.attention_part(rms_norm(x, self.epsilon), first_value, mix, rotary, mask)
         x = x + attended
         up, down = self.mlp.to(x.dtype).unbind(0)
         hidden = F.linear(rms_norm(x, self.epsilon), up).relu().square()  # ReLU^2 (Primer): sparse and cheap
         return x + hidden @ down, value if first_value is None else None
 
-    def attend(self, x: Tensor, first_value: Tensor | None, mix: Mix, rotary, mask) -> tuple[Tensor, Tensor]:
+    def attention_part(self, x: Tensor, first_value: Tensor | None, mix: Mix, rotary, mask) -> tuple[Tensor, Tensor]:
         into, out = self.attention.to(x.dtype).split((3, 1))
         heads = F.linear(x, into.flatten(0, 1)).view(*x.shape[:2], 3 * self.heads, -1).transpose(1, 2)  # (R, 3 H, T, K)
         match, value = heads.split((2 * self.heads, self.heads), dim=1)
@@ -652,8 +657,10 @@ class GPT(nn.Module):
         self.compiled, self.run_block, self.loss_of_chunk = False, run_block, loss_of_chunk
 
     def compile_parts(self) -> None:
-        """Compile per block, not the whole model: one graph for all layers, and gradients arrive layer by layer."""
+        """Compile per block, not the whole model: layers of one kind share a graph (the first one, the first half, its
+        mirror, the rest), and each gradient is there, and its hook called, as soon as its layer is done."""
         self.compiled = True
+        torch._dynamo.config.recompile_limit = 32  # 4 graphs to train and 4 to validate are torch's whole allowance
         self.run_block = torch.compile(run_block, dynamic=False, fullgraph=True)
         self.loss_of_chunk = torch.compile(loss_of_chunk, dynamic=False, fullgraph=True)
 
@@ -673,7 +680,7 @@ class GPT(nn.Module):
             skip = outputs[self.config.layers - 1 - layer] if mix.skip is not None else None
             arguments = (block, x, x0, skip, first_value, mix, (self.cosine, self.sine), mask)
             if self.config.recompute and torch.is_grad_enabled():
-                x, value = recomputed(self.run_block, *arguments, use_reentrant=False)
+                x, value = recomputed(self.run_block, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:
                 x, value = self.run_block(*arguments)
             if layer < self.mirrored:
@@ -779,9 +786,14 @@ class Group:
         self.shard = self.weights[self.mine]
         self.shard_gradient = self.gradients if world == 1 else torch.empty_like(self.shard)
         self.missing, self.work = 0, None
+        self.state, self.kernel = [], None  # optimizer buffers and the function that updates the slice
+
+    def compile_update(self) -> None:
+        self.kernel = torch.compile(self.kernel, dynamic=False, fullgraph=True)
 
     def expect_gradients(self) -> None:
-        """The next backward pass is the step's last: reduce as soon as every gradient is there."""
+        """The next backward pass is the step's last: reduce as soon as every gradient is there. In the passes before,
+        the count falls below zero and nothing starts."""
         self.missing = len(self.parameters)
 
     def arrived(self, _parameter) -> None:
@@ -795,7 +807,7 @@ class Group:
             self.work = dist.reduce_scatter_tensor(self.shard_gradient, self.gradients, async_op=True)
 
     def gather(self) -> None:
-        """Start handing the updated slice to all processes."""
+        """Start handing the updated slice to all processes; the gradients have been used and are zero again."""
         self.gradients.zero_()
         if self.processes.world > 1:
             self.work = dist.all_gather_into_tensor(self.weights, self.shard, async_op=True)
@@ -846,9 +858,11 @@ def adam_update(weight: Tensor, gradient: Tensor, mean: Tensor, square: Tensor, 
     """Adam in place; arithmetic in at least float32 whatever the storage, epsilon outside the corrected root."""
     wide = at_least_float32(weight.dtype)
     gradient = gradient.to(wide)
-    mean.copy_(mean.to(wide) * beta1 + gradient * (1 - beta1))
-    square.copy_(square.to(wide) * beta2 + gradient.square() * (1 - beta2))
-    step = (mean.to(wide) / (1 - beta1**count)) / ((square.to(wide) / (1 - beta2**count)).sqrt() + epsilon)
+    new_mean = mean.to(wide) * beta1 + gradient * (1 - beta1)
+    new_square = square.to(wide) * beta2 + gradient.square() * (1 - beta2)
+    step = (new_mean / (1 - beta1**count)) / ((new_square / (1 - beta2**count)).sqrt() + epsilon)
+    mean.copy_(new_mean)
+    square.copy_(new_square)
     weight.copy_(weight.to(wide) - rate * step)
 
 
@@ -859,23 +873,17 @@ class Muon(Group):
                  dtype: torch.dtype, processes: Processes):
         """scales: for each matrix of a parameter, in order, the factor on its update."""
         super().__init__(name, parameters, 2, config.muon_lr, processes)
-        self.config, self.dtype, self.update_matrices = config, dtype, muon_update
-        self.momentum = torch.zeros_like(self.shard)
+        self.config, self.dtype, self.kernel = config, dtype, muon_update
+        self.state = [torch.zeros_like(self.shard)]
         padding = len(self.weights) - len(scales) * len(parameters)
         every = torch.tensor(scales * len(parameters) + [1.0] * padding, dtype=self.shard.dtype)
         self.scale = every[self.mine, None, None].to(self.shard.device)
 
-    def state(self) -> list[Tensor]:
-        return [self.momentum]
-
-    def compile_update(self) -> None:
-        self.update_matrices = torch.compile(muon_update, dynamic=False, fullgraph=True)
-
     def update(self, step: int) -> None:
         rate = self.scalar(self.learning_rate * rate_schedule(step, self.config))
         decay = self.scalar(momentum_schedule(step, self.config))
-        self.update_matrices(self.shard, self.shard_gradient, self.momentum, self.scale, rate, decay,
-                             self.config.newton_schulz_steps, self.dtype)
+        self.kernel(self.shard, self.shard_gradient, *self.state, self.scale, rate, decay,
+                    self.config.newton_schulz_steps, self.dtype)
 
 
 class Adam(Group):
@@ -884,19 +892,13 @@ class Adam(Group):
     def __init__(self, name: str, parameters: list[nn.Parameter], item: int, learning_rate: float, config: Config,
                  processes: Processes):
         super().__init__(name, parameters, item, learning_rate, processes)
-        self.config, self.update_table = config, adam_update
-        self.mean, self.square = torch.zeros_like(self.shard), torch.zeros_like(self.shard)
-
-    def state(self) -> list[Tensor]:
-        return [self.mean, self.square]
-
-    def compile_update(self) -> None:
-        self.update_table = torch.compile(adam_update, dynamic=False, fullgraph=True)
+        self.config, self.kernel = config, adam_update
+        self.state = [torch.zeros_like(self.shard), torch.zeros_like(self.shard)]
 
     def update(self, step: int) -> None:
         rate = self.scalar(self.learning_rate * rate_schedule(step, self.config))
-        self.update_table(self.shard, self.shard_gradient, self.mean, self.square, rate, self.config.adam_beta1,
-                          self.config.adam_beta2, self.config.adam_epsilon, self.scalar(step + 1.0))
+        self.kernel(self.shard, self.shard_gradient, *self.state, rate, self.config.adam_beta1,
+                    self.config.adam_beta2, self.config.adam_epsilon, self.scalar(step + 1.0))
 
 
 def optimizer_groups(model: GPT, config: Config, dtype: torch.dtype, processes: Processes) -> list[Group]:
@@ -984,11 +986,10 @@ def train_step(model: GPT, groups: list[Group], batch: Batch, micro_rows: int, s
         loss.backward()
         total += loss.detach()
     apply_updates(groups, step)
+    if processes.world == 1:
+        return total[None]
     losses = total.new_empty(processes.world)
-    if processes.world > 1:
-        dist.all_gather_into_tensor(losses, total[None])
-    else:
-        losses.copy_(total)
+    dist.all_gather_into_tensor(losses, total[None])
     return losses
 
 
@@ -1021,8 +1022,9 @@ def warm_up(model: GPT, groups: list[Group], batch: Batch, check, micro_rows: in
     From here on a recompilation is an error, so that none can hide inside the timed region.
     """
     begin = time.perf_counter()
-    changed = [tensor for group in groups for tensor in (group.weights, *group.state())]
-    kept = [tensor.clone() for tensor in changed]
+    torch.compiler.set_stance("default")
+    changed = [tensor for group in groups for tensor in (group.weights, *group.state)]
+    kept = [tensor.to("cpu", copy=True) for tensor in changed]  # not on the GPU: they would count as its peak memory
     for step in (0, 1):
         train_step(model, groups, batch, micro_rows, step)
         check(step)
@@ -1030,6 +1032,8 @@ def warm_up(model: GPT, groups: list[Group], batch: Batch, check, micro_rows: in
         tensor.copy_(original)
     processes.synchronize()
     torch.compiler.set_stance("fail_on_recompile")
+    if processes.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(processes.device)
     return time.perf_counter() - begin
 
 
@@ -1092,10 +1096,11 @@ def environment(processes: Processes) -> str:
              f"{platform.system()} {platform.machine()}, {processes.world} process(es)"]
     if processes.device.type == "cuda":
         lines.append(f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(processes.device)}")
-        lines.append(subprocess.run(["nvidia-smi"], capture_output=True, text=True).stdout)
+        if processes.rank == 0 and shutil.which("nvidia-smi"):
+            lines.append(subprocess.run(["nvidia-smi"], capture_output=True, text=True).stdout)
     else:
-        capability = "bf16 matrix units" if torch.cpu._is_amx_tile_supported() else "no bf16 matrix units"
-        lines.append(f"CPU, {torch.get_num_threads()} threads per process, {os.cpu_count()} cores, {capability}")
+        bf16 = "with" if torch.cpu._is_avx512_bf16_supported() else "without"
+        lines.append(f"CPU, {torch.get_num_threads()} threads per process, {os.cpu_count()} cores, {bf16} avx512_bf16")
     return "\n".join(lines)
 
 
@@ -1103,7 +1108,10 @@ def peak_memory(device: torch.device) -> float:
     """Most memory this process has held so far, in MiB: allocated on the GPU, or resident on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    import resource  # not on Windows
+    try:
+        import resource
+    except ImportError:  # Windows
+        return math.nan
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
@@ -1131,13 +1139,20 @@ def utilisation(config: Config, vocabulary: int, tokens_per_second: float, proce
 
 
 def save_model(path: Path, model: GPT, stream: TokenStream, step: int, val_loss: float) -> None:
-    """Weights and plain values, for `torch.load(weights_only=True)`; a temporary name until it is whole."""
+    """Weights and plain values, for `torch.load(weights_only=True)`; a temporary name until it is whole. Raises Refusal
+    where it cannot be written."""
     partial = path.with_suffix(".partial")
-    torch.save({"config": dataclasses.asdict(model.config), "vocabulary": stream.vocabulary,
-                "separator": stream.separator, "dtype": str(model.embedding.dtype).removeprefix("torch."),
-                "step": step, "val_loss": val_loss,
-                "weights": {name: tensor.cpu().clone() for name, tensor in model.state_dict().items()}}, partial)
-    os.replace(partial, path)
+    saved = {"config": dataclasses.asdict(model.config), "vocabulary": stream.vocabulary,
+             "separator": stream.separator, "dtype": str(model.embedding.dtype).removeprefix("torch."),
+             "step": step, "val_loss": val_loss,
+             "weights": {name: tensor.cpu().clone() for name, tensor in model.state_dict().items()}}
+    try:
+        torch.save(saved, partial)
+        os.replace(partial, path)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as the latter
+        partial.unlink(missing_ok=True)
+        raise Refusal(f"cannot write {path}: {' '.join(str(error).split())[:200]}; make room there, or name another "
+                      "folder with --out FOLDER") from None
 
 
 def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[GPT, dict]:
@@ -1148,11 +1163,9 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[GP
         config = Config(**saved["config"])
         model = GPT(config, saved["vocabulary"], getattr(torch, saved["dtype"]))
         model.load_state_dict(saved["weights"])
-    except OSError as error:
-        raise Refusal(f"cannot read checkpoint {path}: {error.strerror}; {expected}") from None
-    except Exception as error:  # whatever the unpickler or the shapes object to
+    except Exception as error:  # whatever the file system, the unpickler or the shapes object to
         reason = " ".join(str(error).split())[:200]
-        raise Refusal(f"{path} does not fit: {type(error).__name__}, {reason}; {expected}") from None
+        raise Refusal(f"cannot use {path} as a checkpoint: {type(error).__name__}, {reason}; {expected}") from None
     return model.to(device), saved
 
 
@@ -1200,6 +1213,20 @@ class Clock:
         return self.seconds + (time.perf_counter() - self.started if self.started is not None else 0.0)
 
 
+def can_compile(config: Config, processes: Processes, dtype: torch.dtype, log: RunLog) -> bool:
+    """Whether the model runs compiled. Raises Refusal for what the kernels of FlexAttention do not take."""
+    if config.compile == "none" or processes.device.type != "cuda":
+        return False
+    head_width = config.width // config.heads
+    if head_width < 16 or dtype == torch.float64:
+        raise Refusal(f"attention heads of {head_width} channels in {str(dtype)[6:]} cannot be compiled, expected at "
+                      "least 16 in bfloat16 or float32; give --compile none")
+    if importlib.util.find_spec("triton") is None:
+        log.line("notice: Triton is not installed, so nothing is compiled: the same numbers, slower")
+        return False
+    return True
+
+
 def train(config: Config, processes: Processes) -> Path | None:
     """The whole run. Returns the run folder (None on processes other than 0). Raises Refusal, or leaves a model."""
     micro_rows = rows_per_micro(config, processes.world, processes.device)
@@ -1228,13 +1255,17 @@ def train(config: Config, processes: Processes) -> Path | None:
     def judge(step: int, tokens: int = val_tokens) -> float:
         return validate(model, val_stream, tokens, micro_rows, step, processes)
 
-    if config.compile == "auto" and processes.device.type == "cuda":
+    if can_compile(config, processes, dtype, log):
         model.compile_parts()
         for group in groups:
             group.compile_update()
         first = next(prefetched(load, 1, processes))
         seconds = warm_up(model, groups, first, lambda step: judge(step, tokens=1), micro_rows, processes)
         log.line(f"compiled in {seconds:.0f} s, untimed")
+
+    clock, underway = Clock(processes), deque()  # the losses of steps that the device has been given but not read
+    ahead = 1 if processes.device.type == "cuda" else 0  # how many of them there may be
+    lower_rates = "try lower rates (--muon-lr, --embed-lr, --head-lr) or look at the tokens of that step"
 
     def read_loss(step: int, losses: Tensor, copied: torch.cuda.Event | None) -> None:
         if copied is not None:
@@ -1245,8 +1276,7 @@ def train(config: Config, processes: Processes) -> Path | None:
                           f"expected a number; no model was written; {lower_rates}")
         log.measured(step + 1, clock.now(), train_loss=float(losses.sum()))
 
-    lower_rates = "try lower rates (--muon-lr, --embed-lr, --head-lr) or look at the tokens of that step"
-    batches, clock, underway = prefetched(load, config.steps, processes), Clock(processes), deque()
+    batches = prefetched(load, config.steps, processes)
     for step in range(config.steps + 1):
         if step in (0, config.steps) or (config.val_every and step % config.val_every == 0):
             clock.stop()
@@ -1263,7 +1293,7 @@ def train(config: Config, processes: Processes) -> Path | None:
         clock.start()
         losses = train_step(model, groups, next(batches), micro_rows, step)
         underway.append((step, losses.to("cpu", non_blocking=True), processes.event()))
-        while len(underway) > (processes.device.type == "cuda"):  # a GPU may be one step ahead of what is read
+        while len(underway) > ahead:
             read_loss(*underway.popleft())
     log.close()
     if log.folder is not None:
@@ -1282,10 +1312,15 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         config = parse_command_line(sys.argv[1:] if arguments is None else arguments)
         train(config, start_processes(config))
-    except Refusal:
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None  # 128 + SIGINT, as shells count
+    except (Refusal, torch.OutOfMemoryError) as error:
         if int(os.environ.get("RANK", "0")) > 0:
             time.sleep(5)  # torchrun ends the job when process 0 has spoken; what only this process saw is said after
-        raise
+        if isinstance(error, Refusal):
+            raise
+        raise Refusal("the GPU has too little memory; the same training needs less of it with --recompute true "
+                      "--loss-chunk 2048") from None
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -151,12 +151,12 @@ def test_blocks_agree_with_torch():
 
 @pytest.fixture(scope="module")
 def compiled_flex():
-    """(starts, window) -> largest deviation of compiled FlexAttention from the textbook, for rows of one shape."""
+    """(starts, window) -> largest deviation of compiled FlexAttention from the textbook."""
     flex = torch.compile(flex_attention, dynamic=False)
 
     @torch.no_grad()
     def deviation(starts, window) -> float:
-        query, key, value = torch.randn(3, 2, 2, 384, 16, generator=torch.Generator().manual_seed(window))
+        query, key, value = torch.randn(3, len(starts), 2, 384, 16, generator=torch.Generator().manual_seed(window))
         found = flex(query, key, value, block_mask=block_mask(first_visible_key(starts, window)))
         return (found - softmax_attention(query, key, value, dense_mask(starts, window))).abs().max().item()
 
@@ -174,6 +174,11 @@ def starts_at(*places) -> torch.Tensor:
 @pytest.mark.parametrize("places, window", [((), 1000), ((0, 128, 256), 128), ((5, 77), 100)])
 def test_flex_attention_under_the_block_mask(compiled_flex, places, window):
     assert compiled_flex(starts_at(*places), window) < 2e-6
+
+
+@pytest.mark.parametrize("row", [0, 1])
+def test_flex_attention_with_a_single_row(compiled_flex, row):  # the shape of the five-minute run
+    assert compiled_flex(starts_at(5, 77)[row:row + 1], 100) < 2e-6
 
 
 def test_window_and_documents_are_runtime_values(compiled_flex):

@@ -190,23 +190,21 @@ def test_adam_is_torchs_adam(dtype, tolerance, changes):
 
 
 def test_adam_in_bfloat16_rounds_only_what_it_stores():
-    """One step after the other from the same stored numbers: arithmetic in float32, rounded to nearest at the store.
-    Whether the step is taken with the moments before or after that rounding is left open."""
+    """One step after the other from the same stored numbers: arithmetic in float32, rounded to nearest at the store,
+    the step taken with the moments before that rounding."""
     weight, mean = random(2000).bfloat16(), (1e-3 * random(2000, seed=1)).bfloat16()
     square = (1e-5 * random(2000, seed=2) ** 2).bfloat16()
     for step in range(20):
         gradient = (3e-3 * random(2000, seed=3 + step)).bfloat16()
         new_mean = 0.9 * mean.float() + 0.1 * gradient.float()
         new_square = 0.95 * square.float() + 0.05 * gradient.float() ** 2
-        candidates = []
-        for m, s in ((new_mean, new_square), (new_mean.bfloat16().float(), new_square.bfloat16().float())):
-            corrected = (s / (1 - 0.95 ** (step + 1))).sqrt() + 1e-8
-            candidates.append((weight.float() - 0.02 * (m / (1 - 0.9 ** (step + 1))) / corrected).bfloat16())
+        corrected = (new_square / (1 - 0.95 ** (step + 1))).sqrt() + 1e-8
+        expected = (weight.float() - 0.02 * (new_mean / (1 - 0.9 ** (step + 1))) / corrected).bfloat16()
         before = weight.clone()
         adam_update(weight, gradient, mean, square, torch.tensor(0.02), 0.9, 0.95, 1e-8, torch.tensor(step + 1.0))
         for stored, exact in ((mean, new_mean), (square, new_square)):
             assert (stored == exact.bfloat16()).float().mean() > 0.99  # all but numbers at the middle of two
-        assert max((weight == candidate).float().mean() for candidate in candidates) > 0.998
+        assert (weight == expected).float().mean() > 0.998
         assert (weight != before).float().mean() > 0.5
 
 
@@ -377,3 +375,30 @@ def test_rates_are_never_negative_and_zero_only_after_the_end(cooldown):
         assert rates == sorted(rates, reverse=True)
         assert all(0.85 <= momentum_schedule(step, config) <= 0.95 + 1e-12 for step in range(steps + 1))
         assert rates[0] == 1  # also where all of the run is cooldown
+
+
+# ---- compiled updates ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["muon", "adam"])
+def test_compiled_updates_give_the_eager_ones_and_compile_once(kind):
+    """The rate, the momentum and the step count change from step to step; no new graph may follow from it."""
+    config = Config(steps=5, momentum_warmup=1.0, cooldown=1.0)
+
+    def group():
+        parameter = nn.Parameter(random(4, 32, 16, dtype=torch.float32))
+        if kind == "muon":
+            return Muon("m", [parameter], [1.0, 2.0, 1.0, 1.0], config, torch.float32, ALONE)
+        return Adam("a", [parameter], 1, 0.02, config, ALONE)
+
+    eager, compiled = group(), group()
+    torch._dynamo.reset()
+    compiled.compile_update()
+    for step in range(5):
+        for each in (eager, compiled):
+            each.gradients.copy_(random(*each.gradients.shape, seed=step, dtype=torch.float32))
+        eager.update(step)
+        with torch.compiler.set_stance("fail_on_recompile" if step else "default"):
+            compiled.update(step)
+        torch.testing.assert_close(compiled.weights, eager.weights, rtol=1e-5, atol=1e-6)
+    assert (eager.weights - group().weights).abs().max() > 0.01

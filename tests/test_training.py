@@ -311,8 +311,8 @@ def test_a_shard_cut_during_the_run_ends_it(corpus, tmp_path, monkeypatch):
 
 def test_warming_up_leaves_every_number_as_it_was(corpus):
     model, groups = trained(corpus)
-    numbers = [tensor for group in groups for tensor in (group.weights, group.gradients, *group.state())]
-    assert all(tensor.abs().sum() > 0 for group in groups for tensor in group.state())
+    numbers = [tensor for group in groups for tensor in (group.weights, group.gradients, *group.state)]
+    assert all(tensor.abs().sum() > 0 for group in groups for tensor in group.state)
     before, checked, changed = [tensor.clone() for tensor in numbers], [], []
 
     def check(step):
@@ -324,7 +324,7 @@ def test_warming_up_leaves_every_number_as_it_was(corpus):
     finally:
         torch.compiler.set_stance("default")
     assert seconds > 0 and checked == [0, 1]
-    assert sum(changed[1]) == sum(1 + len(group.state()) for group in groups)  # all but the gradients, zero again
+    assert sum(changed[1]) == sum(1 + len(group.state) for group in groups)  # all but the gradients, zero again
     assert all(torch.equal(tensor, old) for tensor, old in zip(numbers, before, strict=True))
 
 
