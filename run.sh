@@ -2,10 +2,10 @@
 # The one command for a fresh machine.
 #
 #   ./run.sh [OPTIONS]   train: five-minute on all GPUs, or tiny on a CPU, then print a sample; OPTIONS go to the script
+#                        (a --preset among them replaces that choice; runs and relative files are beside this script)
 #   ./run.sh test        run the tests; further arguments go to pytest
 #   ./run.sh check       20 small steps, compared with stored losses: does this machine compute our numbers?
 set -euo pipefail
-from=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
 say() { printf '\033[1m==> %s\033[0m\n' "$*"; }
@@ -49,6 +49,12 @@ check)
     say "comparing 20 small steps with the stored losses"
     exec python records/check.py
     ;;
+-h | --help) exec python train_gpt2.py "$@" ;;
+"" | --*) ;;
+*)
+    echo "run.sh: unknown command $1; expected test, check, or options of train_gpt2.py (./run.sh --help)" >&2
+    exit 2
+    ;;
 esac
 
 gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)
@@ -68,7 +74,8 @@ if ! compgen -G 'data/text/text_train_*.bin' >/dev/null; then
 fi
 log=$(mktemp)
 trap 'rm -f "$log"' EXIT
-python train_gpt2.py --preset tiny "$@" | tee "$log"
+[[ " $* " == *" --preset"* ]] || set -- --preset tiny "$@"
+python train_gpt2.py "$@" | tee "$log"
 model=$(sed -n 's/.*all of it in //p' "$log" | tail -1)/model.pt
 say "a sample of what it learned"
 python evals/sample.py "$model" --prompt "def " --tokens 300

@@ -125,11 +125,10 @@ PRESETS = {
 def parse_command_line(arguments: list[str]) -> Config:
     """`--any-field VALUE`, `--any_field=VALUE` on top of a preset. Raises Refusal, naming the nearest valid option."""
     options, given, words = {f.name: f for f in fields(Config)}, {}, list(arguments)
+    wants_help = bool({"-h", "--help"} & set(words))
+    words = [word for word in words if word not in ("-h", "--help")]
     while words:
         flag, equals, value = words.pop(0).partition("=")
-        if flag in ("-h", "--help"):
-            print_help(given.get("preset", Config.preset))
-            raise SystemExit(0)
         name = flag.removeprefix("--").replace("-", "_")
         if not flag.startswith("--") or name not in options:
             raise Refusal(f"unknown option {flag}; the nearest is --{nearest(name, options).replace('_', '-')} "
@@ -137,15 +136,23 @@ def parse_command_line(arguments: list[str]) -> Config:
         if name in given:
             raise Refusal(f"{flag} is given twice; give it once")
         if not equals and not words:
-            raise Refusal(f"{flag} needs a value: {flag} {options[name].default}")
+            raise Refusal(f"{flag} needs a value; for example {flag} {spelled(options[name].default)}")
         given[name] = parse_value(flag, value if equals else words.pop(0), options[name])
     preset = given.get("preset", Config.preset)
+    if wants_help:
+        print_help(preset)
+        raise SystemExit(0)
     base = Config(**{**PRESETS[preset], "preset": preset})
     if "window" in given and base.window_start == base.window:  # constant stays constant
         given.setdefault("window_start", given["window"])
     config = dataclasses.replace(base, **given)
     check_config(config)
     return config
+
+
+def spelled(value) -> str:
+    """A setting's value as it is typed."""
+    return f"{value:.6g}" if isinstance(value, float) else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def nearest(word: str, words) -> str:
@@ -184,7 +191,7 @@ def check_config(config: Config) -> None:
     must_divide("row_tokens", MASK_BLOCK, "mask blocks")
     must_divide("tokens_per_step", config.row_tokens, "rows")
     must_divide("micro_tokens", config.row_tokens, "rows")
-    must_divide("width", 2 * config.heads, "heads of even size")
+    must_divide("width", 2 * config.heads, f"pairs of channels for each of --heads {config.heads}")
     if config.window_start > config.window:
         raise Refusal(f"--window-start {config.window_start} exceeds --window {config.window}; "
                       f"the nearest is --window-start {config.window}")
@@ -217,9 +224,8 @@ def print_help(preset: str) -> None:
     print(__doc__.split("\n\nThe file")[0])
     print(f"\nSettings, with the defaults of --preset {preset} (presets: {', '.join(PRESETS)}):\n")
     for f in fields(Config):
-        value = str(getattr(values, f.name)).lower() if f.type is bool else getattr(values, f.name)
-        value = f"{value:.6g}" if f.type is float else value
-        print(f"  --{f.name.replace('_', '-'):22} {value!s:>8} [{f.metadata['unit']}]  {f.metadata['reason']}")
+        value = spelled(getattr(values, f.name))
+        print(f"  --{f.name.replace('_', '-'):22} {value:>8} [{f.metadata['unit']}]  {f.metadata['reason']}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -252,7 +258,7 @@ def start_processes(config: Config) -> Processes:
         try:
             torch.cuda.init()
         except (RuntimeError, AssertionError) as error:  # an old driver, a hidden GPU, a torch built without CUDA
-            raise Refusal(f"the driver shows {driver_gpus() or 'no GPU'}, but torch {torch.__version__} cannot use it: "
+            raise Refusal(f"torch {torch.__version__} cannot use a GPU (the driver shows {driver_gpus() or 'none'}): "
                           f"{' '.join(str(error).split())}; mend that, or give --device cpu") from None
         if local >= torch.cuda.device_count():
             raise Refusal(f"process {local} of this machine has no GPU: torch sees {torch.cuda.device_count()}; "
@@ -284,11 +290,9 @@ def keep_freed_memory() -> None:
 
 def driver_gpus() -> str:
     """What the NVIDIA driver itself lists, whether or not torch can use it; empty where there is none."""
-    if not shutil.which("nvidia-smi"):
-        return ""
-    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True)
-    names = [line.split("(")[0].strip() for line in listed.stdout.splitlines() if line.startswith("GPU")]
-    return ", ".join(names) if listed.returncode == 0 else ""
+    listed = shutil.which("nvidia-smi") and subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True)
+    lines = listed.stdout.splitlines() if listed and listed.returncode == 0 else []
+    return ", ".join(line.split("(")[0].strip() for line in lines if line.startswith("GPU"))
 
 
 def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
@@ -338,6 +342,7 @@ def open_shard(path: str | Path) -> Shard:
         raise Refusal(f"{path} has {size} bytes, less than a shard's header of {4 * HEADER_WORDS}; {mend}")
     magic, version, count, vocabulary, separator = (int(word) for word in header[:5])
     if magic != SHARD_MAGIC:
+        mend = mend if str(path).endswith(".bin") else f"make shards of text: python data/text.py {path} --out FOLDER"
         raise Refusal(f"{path} is no token shard: its first word is {magic}, expected {SHARD_MAGIC}; {mend}")
     if version != SHARD_VERSION:
         raise Refusal(f"{path} has shard version {version}, expected {SHARD_VERSION}; {mend}")
@@ -354,7 +359,10 @@ def open_shard(path: str | Path) -> Shard:
 
 def shard_command(pattern: str | Path, shards: int = 10) -> str:
     """The command that makes the shards of a glob."""
-    return f"python data/fineweb.py {shards}" if "fineweb" in str(pattern) else "python data/text.py"
+    if "fineweb" in str(pattern):
+        return f"python data/fineweb.py {shards}"
+    folder = Path(pattern).parent
+    return "python data/text.py" + f" TEXT... --out {folder}" * (folder != Path("data/text"))
 
 
 def read_tokens(shard: Shard, start: int, count: int) -> np.ndarray:
@@ -378,6 +386,8 @@ class TokenStream:
 
     def __init__(self, pattern: str):
         """Raises Refusal for a glob without files and for shards that disagree on their vocabulary."""
+        if os.path.isdir(pattern):
+            raise Refusal(f"{pattern} is a folder; expected a glob of shards: '{pattern}/*_train_*.bin'")
         paths = sorted(glob.glob(pattern))
         if not paths:
             raise Refusal(f"no shard matches {pattern}; expected token shards, made by {shard_command(pattern)}")
@@ -758,6 +768,11 @@ class ChunkedLoss(torch.autograd.Function):
 # parameters lies in one tensor; each process reduces, updates and keeps optimizer state for its own slice of it only.
 
 
+# torch 2.13 renamed both; 2.11 and 2.12 know the older names only.
+reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
 class Group:
     """Parameters of one kind as consecutive slices of one tensor, padded so that it divides among the processes.
 
@@ -804,13 +819,13 @@ class Group:
     def reduce(self) -> None:
         """Start the sum over processes. The loss is divided by the tokens of the whole step, so it is the mean."""
         if self.processes.world > 1 and self.work is None:
-            self.work = dist.reduce_scatter_tensor(self.shard_gradient, self.gradients, async_op=True)
+            self.work = reduce_scatter(self.shard_gradient, self.gradients, async_op=True)
 
     def gather(self) -> None:
         """Start handing the updated slice to all processes; the gradients have been used and are zero again."""
         self.gradients.zero_()
         if self.processes.world > 1:
-            self.work = dist.all_gather_into_tensor(self.weights, self.shard, async_op=True)
+            self.work = all_gather(self.weights, self.shard, async_op=True)
 
     def wait(self) -> None:
         """Whatever was started last has ended; on a GPU, what is launched from here on runs after it."""
@@ -989,7 +1004,7 @@ def train_step(model: GPT, groups: list[Group], batch: Batch, micro_rows: int, s
     if processes.world == 1:
         return total[None]
     losses = total.new_empty(processes.world)
-    dist.all_gather_into_tensor(losses, total[None])
+    all_gather(losses, total[None])
     return losses
 
 
@@ -1046,7 +1061,7 @@ class RunLog:
 
     def __init__(self, config: Config, processes: Processes):
         """Raises Refusal where the folder cannot be made."""
-        self.config, self.folder, self.bar = config, None, None
+        self.config, self.folder, self.text, self.metrics, self.bar = config, None, None, None, None
         if processes.rank > 0:
             return
         folder = Path(config.out) / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
@@ -1067,8 +1082,11 @@ class RunLog:
             return
         self.text.write(text + "\n")
         if show:
-            tqdm.write(text, file=sys.stdout)
-            sys.stdout.flush()
+            try:
+                tqdm.write(text, file=sys.stdout)
+                sys.stdout.flush()
+            except BrokenPipeError:  # nobody reads any more, as behind `| head`: the run goes on without
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     def measured(self, step: int, seconds: float, **losses: float) -> None:
         """One object in metrics.jsonl, and a line as speedrun logs have it; `step` counts the updates done."""
@@ -1086,8 +1104,9 @@ class RunLog:
             self.bar.update(step - self.bar.n)
 
     def close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
+        for part in (self.bar, self.text, self.metrics):
+            if part is not None:
+                part.close()
 
 
 def environment(processes: Processes) -> str:
@@ -1164,7 +1183,7 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[GP
         model = GPT(config, saved["vocabulary"], getattr(torch, saved["dtype"]))
         model.load_state_dict(saved["weights"])
     except Exception as error:  # whatever the file system, the unpickler or the shapes object to
-        reason = " ".join(str(error).split())[:200]
+        reason = " ".join(str(error).split()).split(". ")[0][:200]
         raise Refusal(f"cannot use {path} as a checkpoint: {type(error).__name__}, {reason}; {expected}") from None
     return model.to(device), saved
 
@@ -1199,15 +1218,11 @@ class Clock:
     def __init__(self, processes: Processes):
         self.processes, self.seconds, self.started = processes, 0.0, None
 
-    def start(self) -> None:
-        """Go on, if it stands still."""
-        if self.started is None:
+    def run(self, on: bool) -> None:
+        """Go on, or stand still."""
+        if on != (self.started is not None):
             self.processes.synchronize()
-            self.started = time.perf_counter()
-
-    def stop(self) -> None:
-        self.processes.synchronize()
-        self.seconds, self.started = self.now(), None
+            self.seconds, self.started = self.now(), time.perf_counter() if on else None
 
     def now(self) -> float:
         return self.seconds + (time.perf_counter() - self.started if self.started is not None else 0.0)
@@ -1279,7 +1294,7 @@ def train(config: Config, processes: Processes) -> Path | None:
     batches = prefetched(load, config.steps, processes)
     for step in range(config.steps + 1):
         if step in (0, config.steps) or (config.val_every and step % config.val_every == 0):
-            clock.stop()
+            clock.run(False)
             while underway:
                 read_loss(*underway.popleft())
             val_loss = judge(step)
@@ -1290,12 +1305,11 @@ def train(config: Config, processes: Processes) -> Path | None:
                          peak_memory_mib=round(peak_memory(processes.device), 1))
         if step == config.steps:
             break
-        clock.start()
+        clock.run(True)
         losses = train_step(model, groups, next(batches), micro_rows, step)
         underway.append((step, losses.to("cpu", non_blocking=True), processes.event()))
         while len(underway) > ahead:
             read_loss(*underway.popleft())
-    log.close()
     if log.folder is not None:
         save_model(log.folder / "model.pt", model, stream, config.steps, val_loss)
     speed = config.steps * config.tokens_per_step / clock.now()
@@ -1303,6 +1317,7 @@ def train(config: Config, processes: Processes) -> Path | None:
     log.line(f"final val_loss {val_loss:.4f} nats per token, training time {clock.now():.2f} s, {speed:,.0f} tokens/s, "
              f"model FLOP utilisation {used}, peak memory {peak_memory(processes.device):,.0f} MiB; "
              f"all of it in {log.folder}")
+    log.close()
     return log.folder
 
 
@@ -1313,6 +1328,8 @@ def main(arguments: list[str] | None = None) -> None:
         config = parse_command_line(sys.argv[1:] if arguments is None else arguments)
         train(config, start_processes(config))
     except KeyboardInterrupt:
+        if int(os.environ.get("RANK", "0")) == 0:
+            print("interrupted: losses so far are in the run folder; no model was written", file=sys.stderr)
         raise SystemExit(130) from None  # 128 + SIGINT, as shells count
     except (Refusal, torch.OutOfMemoryError) as error:
         if int(os.environ.get("RANK", "0")) > 0:

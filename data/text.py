@@ -18,7 +18,6 @@ import sys
 import sysconfig
 import tempfile
 from array import array
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -29,7 +28,7 @@ from tqdm import tqdm
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from train_gpt2 import HEADER_WORDS, SHARD_MAGIC, SHARD_VERSION, Refusal
+from train_gpt2 import HEADER_WORDS, SHARD_MAGIC, SHARD_VERSION, Refusal, parse_command_line
 
 DEFAULT_FOLDER = HERE / "text"
 UINT16_VALUES = 2**16
@@ -56,14 +55,20 @@ def main(arguments: list[str] | None = None) -> None:
     except OSError as error:
         raise Refusal(f"cannot go on at {error.filename or folder}: {error.strerror}; mend that or name another folder "
                       "with --out") from None
-    for reason, files_skipped in sorted(corpus.skipped.items()):
-        print(f"skipped {files_skipped:,} files: {reason}")
+    for reason, paths in sorted(corpus.skipped.items()):
+        print(f"skipped {len(paths):,} file{'s' * (len(paths) > 1)}: {reason} ({paths[0]}{', ...' * (len(paths) > 1)})")
     where = shown(folder)
     print(f"{documents:,} document{'s' if documents > 1 else ''}: {counts['text_train']:,} training and "
-          f"{counts['text_val']:,} validation tokens in {where}; train on them with:")
+          f"{counts['text_val']:,} validation tokens in {where}", end="; ")
+    tiny = parse_command_line(["--preset", "tiny"])
+    if counts["text_train"] <= tiny.row_tokens:
+        print(f"too few to train on: a row of tiny has {tiny.row_tokens}")
+        return
+    print("train on them with:")
     print(f"python {shlex.quote(shown(HERE.parent / 'train_gpt2.py'))} --preset tiny "
           f"--train-files {shlex.quote(where + '/text_train_*.bin')} "
-          f"--val-files {shlex.quote(where + '/text_val_*.bin')}")
+          f"--val-files {shlex.quote(where + '/text_val_*.bin')}"
+          + " --repeat true" * (counts["text_train"] <= tiny.steps * tiny.tokens_per_step))
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -145,13 +150,13 @@ def standard_library() -> list[Path]:
 
 class Corpus(NamedTuple):
     """Where each document begins. `source` (documents) indexes `files`; `offset` (documents) is in bytes, within the
-    file for .jsonl and within `spool` for .parquet; `skipped` counts files by the reason they were left out."""
+    file for .jsonl and within `spool` for .parquet; `skipped` lists files by the reason they were left out."""
 
     files: list[Path]
     spool: BinaryIO
     source: array
     offset: array
-    skipped: Counter
+    skipped: dict[str, list[Path]]
 
     def text(self, document: int) -> str:
         """One whole document. Raises OSError when its file has gone since it was listed."""
@@ -170,8 +175,7 @@ class Corpus(NamedTuple):
 def list_documents(files: list[Path], spool: BinaryIO) -> Corpus:
     """Read every file once and note where its documents begin; empty ones are left out. Raises Refusal for a record
     without text and when nothing is left, OSError for a record file that cannot be read."""
-    corpus = Corpus(files, spool, array("l"), array("q"), Counter())
-    first_skipped = None
+    corpus = Corpus(files, spool, array("l"), array("q"), {})
     with tqdm(total=sum(os.path.getsize(path) for path in files), desc="reading", unit="B", unit_scale=True,
               disable=None) as progress:
         for index, path in enumerate(files):
@@ -185,15 +189,15 @@ def list_documents(files: list[Path], spool: BinaryIO) -> Corpus:
                 reason, offsets = why_not_text(path), [0]
                 progress.update(os.path.getsize(path))
                 if reason:
-                    first_skipped = first_skipped or f" (first: {path}, {reason})"
-                    corpus.skipped[reason] += 1
+                    corpus.skipped.setdefault(reason, []).append(path)
                     continue
             for offset in offsets:
                 corpus.source.append(index)
                 corpus.offset.append(offset)
     if not corpus.source:
-        raise Refusal(f"no text found in {len(files)} files{first_skipped or ''}; expected UTF-8 text, .jsonl or "
-                      ".parquet; another encoding is changed with: iconv -f LATIN1 -t UTF-8")
+        skipped = "".join(f", {paths[0]} is {reason}" for reason, paths in corpus.skipped.items())
+        change = "; another encoding is changed with: iconv -f LATIN1 -t UTF-8" * ("not UTF-8" in corpus.skipped)
+        raise Refusal(f"no text found in {len(files)} files{skipped}; expected UTF-8 text, .jsonl or .parquet{change}")
     return corpus
 
 

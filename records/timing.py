@@ -19,8 +19,8 @@ import numpy as np
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parent / "data")]
 from text import Encoding, write_shard  # noqa: E402
-from train_gpt2 import (GPT2_SEPARATOR, GPT2_VOCABULARY, compute_dtype, parse_command_line, start_processes,  # noqa: E402
-                        train, utilisation)
+from train_gpt2 import (GPT2_SEPARATOR, GPT2_VOCABULARY, compute_dtype, parse_command_line,  # noqa: E402
+                        start_processes, train, utilisation)
 
 TYPICAL_DOCUMENT = 765  # tokens, the median of web text
 

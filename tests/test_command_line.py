@@ -296,6 +296,14 @@ def test_a_shard_without_tokens(refused_run, tmp_path):
 def test_a_folder_in_place_of_a_shard(refused_run, tmp_path):
     (tmp_path / "folder.bin").mkdir()
     assert "Is a directory" in refused_run(train_files=tmp_path / "*.bin")
+    assert "is a folder; expected a glob" in refused_run(train_files=tmp_path / "folder.bin")
+
+
+def test_text_in_place_of_a_shard(refused_run, tmp_path):
+    """What mends it makes shards of the text. No command that removes it is named."""
+    (tmp_path / "book.txt").write_text("Call me Ishmael.\n" * 100)
+    line = refused_run(train_files=tmp_path / "book.txt")
+    assert f"python data/text.py {tmp_path}/book.txt --out FOLDER" in line and "rm " not in line
 
 
 @pytest.mark.parametrize("part", ["train_files", "val_files"])
@@ -406,7 +414,7 @@ def test_without_a_gpu_auto_means_the_cpu_and_cuda_is_refused(driver, script):
     config = parse_command_line(["--preset", "tiny"])
     assert train_gpt2.start_processes(config) == (0, 1, torch.device("cpu"))
     line = refusal(train_gpt2.start_processes, dataclasses.replace(config, device="cuda"))
-    assert "the driver shows no GPU" in line and "--device cpu" in line
+    assert "cannot use a GPU (the driver shows none)" in line and "--device cpu" in line
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -422,6 +430,11 @@ def refused_checkpoint(path) -> str:
     line = refusal(load_model, path)
     assert str(path) in line and "python train_gpt2.py --preset tiny" in line
     return line
+
+
+def test_no_advice_to_load_unsafely(tmp_path):
+    (tmp_path / "notes.md").write_text("# Notes")
+    assert "weights_only" not in refused_checkpoint(tmp_path / "notes.md")
 
 
 def test_a_missing_checkpoint(tmp_path):

@@ -318,7 +318,7 @@ def test_bytes_of_every_document_come_back(tmp_path, capsys):
     assert len(documents(tmp_path / "out", "val")) == 1
     out = capsys.readouterr().out
     for reason in ("empty", "not text", "not UTF-8"):
-        assert f"skipped 1 files: {reason}" in out
+        assert f"skipped 1 file: {reason} ({source}" in out
 
 
 def test_summary_gives_the_counts_and_the_command_to_train(corpus, tmp_path, capsys):
@@ -327,8 +327,15 @@ def test_summary_gives_the_counts_and_the_command_to_train(corpus, tmp_path, cap
     summary, train = capsys.readouterr().out.splitlines()
     counts = [f"{len(stream(folder, part)):,} {word}" for part, word in (("train", "training"), ("val", "validation"))]
     assert summary.startswith(f"12 documents: {counts[0]} and {counts[1]} tokens in {folder}")
-    assert train == (f"python train_gpt2.py --preset tiny --train-files '{folder}/text_train_*.bin' "
-                     f"--val-files '{folder}/text_val_*.bin'")
+    expected = (f"python train_gpt2.py --preset tiny --train-files '{folder}/text_train_*.bin' "
+                f"--val-files '{folder}/text_val_*.bin'")
+    assert train == expected + " --repeat true"  # less text than the run reads
+    (tmp_path / "long.txt").write_text("So much to read. " * 50_000)
+    make(tmp_path / "long.txt", "--out", folder)
+    assert capsys.readouterr().out.splitlines()[-1] == expected
+    (tmp_path / "short.txt").write_text("Hello, world!")
+    make(tmp_path / "short.txt", "--out", folder)
+    assert capsys.readouterr().out.endswith("too few to train on: a row of tiny has 128\n")
 
 
 def test_shards_are_numbered_full_and_one_stream(corpus, tmp_path):
@@ -528,7 +535,7 @@ def test_refuses_paths_without_text(tmp_path):
     assert f"{tmp_path / 'absent'} is not there" in refused(text_script.main, tmp_path / "absent", "--out", out)
     assert "no file or folder" in refused(text_script.main, tmp_path / "pipe", "--out", out)
     assert "no text found in 0 files" in refused(text_script.main, empty, "--out", out)
-    assert "zero.bin, not text" in refused(text_script.main, tmp_path / "zero.bin", "--out", out)
+    assert "zero.bin is not text" in refused(text_script.main, tmp_path / "zero.bin", "--out", out)
     assert contents(out) == {} if out.exists() else True
 
 

@@ -69,12 +69,16 @@ def copy(tmp_path_factory) -> Path:
     return folder
 
 
-def run(command: str, folder: Path, cwd: Path | None = None) -> str:
+def call(command: str, folder: Path) -> subprocess.CompletedProcess:
     bin_folder = Path(sys.executable).parent
     environment = {**os.environ, "VIRTUAL_ENV": sys.prefix, "PATH": f"{bin_folder}{os.pathsep}{os.environ['PATH']}",
                    "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(["bash", "-c", command], cwd=cwd or folder, env=environment, capture_output=True, text=True,
+    return subprocess.run(["bash", "-c", command], cwd=folder, env=environment, capture_output=True, text=True,
                           timeout=300)
+
+
+def run(command: str, folder: Path, cwd: Path | None = None) -> str:
+    done = call(command, cwd or folder)
     assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
     return done.stdout
 
@@ -100,9 +104,15 @@ def test_command(command, copy):
 
 
 def test_run_sh_says_what_it_does_and_passes_arguments_on(copy):
-    refused = subprocess.run(["bash", str(copy / "run.sh"), "--stepz", "3"], capture_output=True, text=True,
-                             env={**os.environ, "VIRTUAL_ENV": sys.prefix, "CUDA_VISIBLE_DEVICES": "",
-                                  "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"})
+    refused = call("./run.sh --stepz 3", copy)
     assert refused.returncode != 0
     assert "==> no GPU: training the tiny model on this CPU" in refused.stdout
     assert "--steps" in refused.stderr and "Traceback" not in refused.stderr
+
+
+@pytest.mark.parametrize("arguments, status, expected", [
+    ("--help", 0, "--tokens-per-step"), ("tests", 2, "expected test"),
+    (f"--preset tiny {SHORT}", 0, "a sample of what it learned")])
+def test_other_ways_to_call_run_sh(copy, arguments, status, expected):
+    done = call(f"{copy}/run.sh {arguments}", copy)
+    assert done.returncode == status and expected in done.stdout + done.stderr

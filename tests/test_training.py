@@ -4,6 +4,9 @@ import dataclasses
 import json
 import math
 import re
+import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -12,6 +15,7 @@ import torch.nn.functional as F
 
 import train_gpt2
 from tools import (
+    ROOT,
     command,
     configuration,
     dense_mask,
@@ -341,3 +345,30 @@ def test_a_warmed_up_run_is_the_same_run(corpus):
         step_losses = [train_gpt2.train_step(model, groups, rows(config, step), 4, step) for step in range(4)]
         results.append([*step_losses, *(parameter.detach() for parameter in model.parameters())])
     assert all(torch.equal(cold, warm) for cold, warm in zip(*results, strict=True))
+
+
+# ---- interruptions ---------------------------------------------------------------------------------------------------
+
+
+def test_a_run_whose_reader_leaves_goes_on(corpus, tmp_path):
+    """As behind `| head -1`: the pipe is closed after the first line."""
+    arguments = [sys.executable, ROOT / "train_gpt2.py", *command(corpus, out=tmp_path, steps=20)]
+    run = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    run.stdout.readline()
+    run.stdout.close()
+    assert run.stderr.read() == b"" and run.wait() == 0
+    folder, = run_folders(tmp_path)
+    assert (folder / "model.pt").exists() and "final val_loss" in (folder / "log.txt").read_text(encoding="utf-8")
+
+
+def test_control_c_is_one_line(corpus, tmp_path):
+    arguments = [sys.executable, ROOT / "train_gpt2.py", *command(corpus, out=tmp_path, steps=100_000, repeat=True)]
+    run = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while "step:1/" not in run.stdout.readline():
+        pass
+    run.send_signal(signal.SIGINT)
+    _, errors = run.communicate(timeout=60)
+    assert run.returncode == 130
+    assert errors == "interrupted: losses so far are in the run folder; no model was written\n"
+    folder, = run_folders(tmp_path)
+    assert not list(folder.glob("model*"))
