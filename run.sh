@@ -2,10 +2,11 @@
 # The one command for a fresh machine.
 #
 #   ./run.sh [OPTIONS]   train: five-minute on all GPUs, or tiny on a CPU, then print a sample; OPTIONS go to the script
-#                        (a --preset among them replaces that choice; runs and relative files are beside this script)
+#                        (a --preset among them replaces that choice)
 #   ./run.sh test        run the tests; further arguments go to pytest
 #   ./run.sh check       20 small steps, compared with stored losses: does this machine compute our numbers?
 set -euo pipefail
+from=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
 say() { printf '\033[1m==> %s\033[0m\n' "$*"; }
@@ -56,6 +57,19 @@ check)
     exit 2
     ;;
 esac
+
+if [[ "$PWD" != "$from" && $# -gt 0 ]]; then  # relative files are meant from where the user stands
+    previous="" arguments=()
+    for word in "$@"; do
+        case "$previous" in --train[-_]files | --val[-_]files | --out) [[ "$word" == /* ]] || word=$from/$word ;; esac
+        case "$word" in
+        --train[-_]files=[!/]* | --val[-_]files=[!/]* | --out=[!/]*) word=${word%%=*}=$from/${word#*=} ;;
+        esac
+        arguments+=("$word")
+        previous=$word
+    done
+    set -- "${arguments[@]}"
+fi
 
 gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)
 if [[ "$gpus" -gt 0 ]]; then

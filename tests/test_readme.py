@@ -116,3 +116,13 @@ def test_run_sh_says_what_it_does_and_passes_arguments_on(copy):
 def test_other_ways_to_call_run_sh(copy, arguments, status, expected):
     done = call(f"{copy}/run.sh {arguments}", copy)
     assert done.returncode == status and expected in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("spelling", ["--train-files {} --val_files {} --out {}",
+                                      "--train-files={} --val_files={} --out={}"])
+def test_relative_files_are_meant_from_where_the_user_stands(copy, tmp_path, spelling):
+    shutil.copytree(copy / "data" / "text", tmp_path / "mine")
+    files = spelling.format("'mine/text_train_*.bin'", "'mine/text_val_*.bin'", "runs")
+    done = call(f"{copy}/run.sh {SHORT} {files}", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert len(list((tmp_path / "runs").glob("*/model.pt"))) == 1
