@@ -278,7 +278,7 @@ def start_processes(config: Config) -> Processes:
 
 def keep_freed_memory() -> None:
     """Have the C library keep what large tensors free, instead of returning it to the system and faulting every page
-    in again at the next step: a step of `tiny` took 37.5 ms instead of 42.0. Without glibc, nothing happens."""
+    in again at the next step, which costs `tiny` a tenth of its time. Without glibc, nothing happens."""
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, TypeError, AttributeError):
@@ -325,14 +325,15 @@ class Shard(NamedTuple):
     vocabulary: int
     separator: int
 
-    @property
-    def mend(self) -> str:
-        return f"fetch or write it again: rm {self.path} && {shard_command(self.path)}"
+
+def write_again(path: str | Path) -> str:
+    """What mends a damaged shard."""
+    return f"fetch or write it again: rm {path} && {shard_command(path)}"
 
 
 def open_shard(path: str | Path) -> Shard:
     """Check the header against the file. Raises Refusal naming the file and what is wrong with it."""
-    mend = Shard(str(path), 0, 0, 0).mend
+    mend = write_again(path)
     try:
         size = os.path.getsize(path)
         header = np.fromfile(path, "<i4", HEADER_WORDS)
@@ -370,14 +371,15 @@ def read_tokens(shard: Shard, start: int, count: int) -> np.ndarray:
     try:
         tokens = np.fromfile(shard.path, "<u2", count, offset=4 * HEADER_WORDS + 2 * start)
     except OSError as error:
-        raise Refusal(f"shard {shard.path} can no longer be read: {error.strerror}; {shard.mend}") from None
+        raise Refusal(f"shard {shard.path} can no longer be read: {error.strerror}; "
+                      f"{write_again(shard.path)}") from None
     if len(tokens) < count:
         raise Refusal(f"shard {shard.path} ends at token {start + len(tokens)} of {shard.tokens}: it was cut after the "
-                      f"start; {shard.mend}")
+                      f"start; {write_again(shard.path)}")
     if count and int(tokens.max()) >= shard.vocabulary:
         at = start + int(tokens.argmax())
         raise Refusal(f"shard {shard.path} holds token {tokens.max()} at position {at}, beyond its vocabulary of "
-                      f"{shard.vocabulary}; {shard.mend}")
+                      f"{shard.vocabulary}; {write_again(shard.path)}")
     return tokens
 
 
@@ -456,6 +458,15 @@ def row_positions(config: Config, stream_tokens: int, step: int) -> list[int]:
     if config.shuffle:
         numbers = [int(row_order(whole, config.seed, number // whole)[number % whole]) for number in numbers]
     return [number * config.row_tokens for number in numbers]
+
+
+def step_batch(stream: TokenStream, config: Config, processes: Processes, step: int) -> Batch:
+    """This process's rows of a step: consecutive ones, as many as every other process has. In host memory."""
+    positions = row_positions(config, stream.tokens, step)
+    share = len(positions) // processes.world
+    rows = [read_rows(stream, position, 1, config.row_tokens, position + config.row_tokens)
+            for position in positions[processes.rank * share:(processes.rank + 1) * share]]
+    return Batch(*(torch.cat(parts) for parts in zip(*rows, strict=True)))
 
 
 def prefetched(load, count: int, processes: Processes):
@@ -1218,11 +1229,15 @@ class Clock:
     def __init__(self, processes: Processes):
         self.processes, self.seconds, self.started = processes, 0.0, None
 
-    def run(self, on: bool) -> None:
-        """Go on, or stand still."""
-        if on != (self.started is not None):
+    def start(self) -> None:
+        """Go on, if it stands still."""
+        if self.started is None:
             self.processes.synchronize()
-            self.seconds, self.started = self.now(), time.perf_counter() if on else None
+            self.started = time.perf_counter()
+
+    def stop(self) -> None:
+        self.processes.synchronize()
+        self.seconds, self.started = self.now(), None
 
     def now(self) -> float:
         return self.seconds + (time.perf_counter() - self.started if self.started is not None else 0.0)
@@ -1253,19 +1268,16 @@ def train(config: Config, processes: Processes) -> Path | None:
 
     model = GPT(config, stream.vocabulary, dtype).to(processes.device)
     groups = optimizer_groups(model, config, dtype, processes)
-    share = config.tokens_per_step // config.row_tokens // processes.world  # rows of a step for this process
+    passes = config.tokens_per_step // (micro_rows * config.row_tokens * processes.world)
     log.line(parameter_table(groups))
     log.line(f"{config.preset}: {config.steps} steps of {config.tokens_per_step:,} tokens in rows of "
              f"{config.row_tokens:,}; {processes.world} process(es) on {processes.device.type}, {str(dtype)[6:]}, "
-             f"{share // micro_rows} x {micro_rows} rows each")
+             f"{passes} x {micro_rows} rows each")
     if val_tokens < config.val_tokens:
         log.line(f"notice: validating on all {val_tokens:,} targets of {config.val_files}, fewer than --val-tokens "
                  f"{config.val_tokens}")
 
-    def load(step: int) -> Batch:
-        mine = row_positions(config, stream.tokens, step)[processes.rank * share:(processes.rank + 1) * share]
-        rows = [read_rows(stream, position, 1, config.row_tokens, position + config.row_tokens) for position in mine]
-        return Batch(*(torch.cat(parts) for parts in zip(*rows, strict=True)))
+    load = functools.partial(step_batch, stream, config, processes)
 
     def judge(step: int, tokens: int = val_tokens) -> float:
         return validate(model, val_stream, tokens, micro_rows, step, processes)
@@ -1294,7 +1306,7 @@ def train(config: Config, processes: Processes) -> Path | None:
     batches = prefetched(load, config.steps, processes)
     for step in range(config.steps + 1):
         if step in (0, config.steps) or (config.val_every and step % config.val_every == 0):
-            clock.run(False)
+            clock.stop()
             while underway:
                 read_loss(*underway.popleft())
             val_loss = judge(step)
@@ -1305,7 +1317,7 @@ def train(config: Config, processes: Processes) -> Path | None:
                          peak_memory_mib=round(peak_memory(processes.device), 1))
         if step == config.steps:
             break
-        clock.run(True)
+        clock.start()
         losses = train_step(model, groups, next(batches), micro_rows, step)
         underway.append((step, losses.to("cpu", non_blocking=True), processes.event()))
         while len(underway) > ahead:

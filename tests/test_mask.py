@@ -110,8 +110,9 @@ def tiles(visible: torch.Tensor) -> torch.Tensor:
     return parts.reshape(rows, blocks, blocks, MASK_BLOCK**2)
 
 
-def test_blocks_are_exactly_those_of_the_definition():
-    for starts, window in [*random_layouts(200, (128, 256, 384, 640, 768), seed=4), *hand_made_layouts()]:
+@pytest.mark.parametrize("count", [200, pytest.param(5000, marks=pytest.mark.slow)])
+def test_blocks_are_exactly_those_of_the_definition(count):
+    for starts, window in [*random_layouts(count, (128, 256, 384, 640, 768), seed=4), *hand_made_layouts()]:
         mask = block_mask(first_visible_key(starts, window))
         inside = tiles(dense_mask(starts, window))
         full, touched = inside.all(-1).int(), inside.any(-1).int()

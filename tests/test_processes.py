@@ -180,3 +180,12 @@ def test_gradients_are_reduced_while_the_backward_pass_goes_on(corpus, tmp_path)
     assert sorted(arrived) == sorted([*every, "head"])  # all of the first micro-batch, then the head's
     assert sorted(outstanding) == sorted(every - {"head"})
     assert ["gradient", "embedding"] in backward[backward.index(["reduce", "mlp"]):]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [2, 4, 8])
+def test_fifty_steps_through_every_schedule(corpus, alone, tmp_path, world):
+    """The window grows, the momentum warms up, the rate cools down, the shards are used up and dealt out anew."""
+    settings = {**EXACT, "steps": 50, "val_every": 25, "window": 128, "window_start": 64, "repeat": "true"}
+    (run,), _ = run_together(corpus, alone, tmp_path, world, [settings])
+    assert_same_run(run, alone(settings))
