@@ -1,17 +1,18 @@
-"""Train a GPT-2-class model to 3.28 validation loss on FineWeb: in five minutes on 8 H100s, unchanged on a laptop.
+"""Train a GPT-2-class model to 3.28 validation loss on FineWeb: the hundred-second recipe on 8 H100s, in one file.
 
-    torchrun --standalone --nproc_per_node=8 train_gpt2.py     # the five-minute recipe: 124M, Muon, FlexAttention
+    torchrun --standalone --nproc_per_node=8 train_gpt2.py     # the hundred-second recipe
+    python train_gpt2.py --preset five-minute                  # where it came from: 124M, Muon, FlexAttention
     python train_gpt2.py --preset tiny                         # a small model through the same code, on a CPU
     python train_gpt2.py --help                                # every setting, with its default and unit
 
 The file reads from top to bottom in the order the data flows:
 
-    configuration -> processes -> shards to rows -> rows to attention mask -> model -> loss -> optimizers
-    -> schedules -> validation -> log and checkpoint -> training loop
+    configuration -> schedules -> processes -> shards to rows -> rows to attention masks -> model -> loss -> optimizers
+    -> one step, validation -> log and checkpoint -> training loop
 
 Importing it does nothing. State lives in three places only: a frozen Config, the model's parameters, and the groups of
-the optimizers. Sizes are in tokens unless a name says otherwise. Shapes: R rows, T tokens per row, D width,
-H heads, K = D / H, V vocabulary.
+the optimizers. Sizes are in tokens unless a name says otherwise. Shapes: R rows, T tokens per row, D width, H heads,
+K = D / H, V vocabulary, L layers. A technique says which record of the NanoGPT speedrun brought it, as (#49).
 """
 
 import ctypes
@@ -30,10 +31,12 @@ import subprocess
 import sys
 import time
 from collections import deque
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
+from datetime import timedelta
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, get_args, get_origin
 
 import numpy as np
 import torch
@@ -52,72 +55,142 @@ class Refusal(SystemExit):
     """Bad input. Carries one line: what was found, what was expected, the command that mends it. Exit status 1."""
 
 
-def setting(default, unit: str, reason: str, low: float = 0, high: float = math.inf):
-    return field(default=default, metadata={"unit": unit, "reason": reason, "low": low, "high": high})
+def setting(default, unit: str, reason: str, low: float = 0, high: float = math.inf, counts=range(1, 5)):
+    """counts: how many values a list may have. Lists "by stage" hold one for each part of the run, the last goes on."""
+    return field(default=default, metadata=dict(unit=unit, reason=reason, low=low, high=high, counts=counts))
+
+
+def layer_list(default: tuple[int, ...], reason: str, counts=range(1000)):
+    return setting(default, "layers", reason, counts=counts)
+
+
+def adam_setting(rate: float, beta1: float, beta2: float, decay: float, reason: str):
+    return setting((rate, beta1, beta2, decay), "rate,beta1,beta2,decay", "Adam, " + reason, counts=(4,))
 
 
 @dataclass(frozen=True)
 class Config:
-    """One run. The defaults are the five-minute recipe; `PRESETS` holds what the others change."""
+    """One run. The defaults are the hundred-second recipe (#62); `PRESETS` holds what the others change."""
 
-    preset: str = setting("five-minute", "name", "which set of defaults the other options start from")
+    preset: str = setting("gpt2", "name", "which set of defaults the other options start from")
     # what to train on
     train_files: str = setting("data/fineweb10B/fineweb_train_*.bin", "glob", "training shards, read in name order")
     val_files: str = setting("data/fineweb10B/fineweb_val_*.bin", "glob", "validation shards")
     repeat: bool = setting(False, "true|false", "start over when the training shards are used up")
     shuffle: bool = setting(False, "true|false", "take rows from all over the shards, each once, not in their order")
+    long_documents: str = setting("drop", "drop|continue", "what is cut off a document: dropped, or the next document")
+    document_tokens: int = setting(2048, "tokens", "a document is cut at this length; 0: by the row's end only")
+    cross_document: bool = setting(True, "true|false", "smear, key offset and bigrams look back over document borders")
     # how much at a time
-    steps: int = setting(1875, "updates", "length of the run; schedules stretch with it", 1)
-    tokens_per_step: int = setting(524_288, "tokens", "batch of one update, over all processes", 1)
-    row_tokens: int = setting(65_536, "tokens", "packed sequence that attention sees at once", 1)
-    micro_tokens: int = setting(0, "tokens", "whole rows per forward pass; 0: up to 65,536 tokens (on a CPU 1,024)")
+    steps: int = setting(1600, "updates", "length of the run; schedules stretch with it", 1)
+    extension: float = setting(40 / 1600, "of steps", "end of the run beyond the schedule: rates stay at their floor",
+                               0, 0.9)
+    tokens_per_step: tuple[int, ...] = setting((131_072, 262_144, 393_216), "tokens, by stage",
+                                               "batch of one update, over all processes", 1)
+    row_tokens: tuple[int, ...] = setting((16_384, 32_768, 49_152), "tokens, by stage",
+                                          "packed sequence that attention sees at once", 1)
+    micro_tokens: int = setting(0, "tokens", "most per forward pass, one row at least; 0: 65,536, on a CPU 1,024")
     recompute: bool = setting(False, "true|false", "recompute block activations in backward, for small memories")
     loss_chunk: int = setting(8192, "tokens", "logits held at once by the loss", 1)
     # how it is judged
-    val_every: int = setting(125, "updates", "distance between validations; 0: only the first and the last")
+    val_every: int = setting(250, "updates", "distance between validations; 0: only the first and the last")
     val_tokens: int = setting(10_485_760, "tokens", "validation tokens, always the first ones of the shards", 1)
+    val_row_tokens: int = setting(262_144, "tokens", "row in validation", 1)
     # the model
-    layers: int = setting(12, "count", "transformer blocks", 1)
+    layers: int = setting(11, "count", "transformer blocks", 1)
     heads: int = setting(6, "count", "attention heads", 1)
     width: int = setting(768, "channels", "residual stream", 2)
     mlp_ratio: int = setting(4, "times width", "hidden channels of the MLP", 1)
-    window: int = setting(1024, "tokens", "how many keys a query sees, itself included", 1)
-    window_start: int = setting(1024, "tokens", "window at step 0, growing by 64s; equal to window: constant", 1)
-    rotary_base: float = setting(10_000.0, "-", "slowest rotary wavelength / 2 pi", 1)
-    rms_epsilon: float = setting(2.0**-7, "-", "added to the mean square; 2^-7 is bf16's epsilon, as in record 12")
+    window: tuple[int, ...] = setting((384, 896, 1408, 1664), "tokens, by stage", "how far back a query sees")
+    window_short: tuple[int, ...] = setting((128, 384, 640, 768), "tokens, by stage", "the same in --short-layers")
+    window_final: int = setting(2560, "tokens", "window of the last validation; 0: that of training")
+    short_layers: tuple[int, ...] = layer_list((0, 1, 2, 4, 5, 7, 8, 9), "layers with the short window")
+    paired_layers: tuple[int, ...] = layer_list((0, 2, 5, 9), "layers whose heads attend in pairs over 2 T positions")
+    attention_free: tuple[int, ...] = layer_list((6,), "layers that are an MLP only")
     qk_norm: bool = setting(True, "true|false", "normalise queries and keys per head: attention logits stay bounded")
-    softcap: float = setting(30.0, "logits", "squash logits to +-softcap, against over-confidence; 0: off")
+    attention_scale: float = setting(0.1, "-", "softmax scale in the first stage; 0: 1 / sqrt(head width)")
+    rotary_base: float = setting(1024 ** (32 / 31), "-", "slowest rotary wavelength / 2 pi, about", 1)
+    rotary_share: float = setting(0.5, "of channels", "turned by position; the others match by content alone", 0, 1)
+    yarn: bool = setting(True, "true|false", "stretch rotary wavelengths and sharpen the softmax as windows grow")
+    key_offset: bool = setting(True, "true|false", "long-window keys: the still channels come from the token before")
+    attention_gates: bool = setting(True, "true|false", "each head can close itself, seeing 12 channels")
+    attention_mix: bool = setting(True, "true|false", "learned scalars on attention's input and output matrices")
+    value_layers: tuple[int, ...] = layer_list((0, 1, 8, 9, 10), "layers that add an embedding of the token to values")
+    value_tables: int = setting(3, "count", "tables of these embeddings, taken in turn", 1)
+    value_gates: bool = setting(True, "true|false", "each head weighs its value embedding, seeing 12 channels")
+    value_residual: bool = setting(False, "true|false", "each layer mixes layer 0's values into its own")
+    bigram: int = setting(5, "times vocabulary", "rows of a hashed table of token pairs, added to the stream; 0: off")
+    smear: bool = setting(True, "true|false", "each token's embedding takes up some of the one before")
     x0_shortcut: bool = setting(True, "true|false", "each block mixes the embedding back into the stream")
-    value_residual: bool = setting(True, "true|false", "each layer mixes layer 0's values into its own")
-    unet_skips: bool = setting(True, "true|false", "feed the first half's outputs to the second half, mirrored")
+    residual_init: float = setting(1.1, "-", "first weight of the stream in that mixture")
+    gated_skip: tuple[int, ...] = layer_list((3, 6), "a layer's output is added, gated, before a later one", (0, 2))
+    unet_skips: bool = setting(False, "true|false", "feed the first half's outputs to the second half, mirrored")
+    backout: tuple[int, ...] = layer_list((7,), "layer whose output is in part subtracted before the head", (0, 1))
+    rms_epsilon: float = setting(2.0**-23, "-", "added to the mean square before its root")
+    softcap: float = setting(11.5, "logits", "squash logits to +-softcap, against over-confidence; 0: off")
+    softcap_range: float = setting(15.0, "logits", "logits that far out are squashed to 76 %", 1e-3)
+    softcap_shift: float = setting(5.0, "logits", "moves the middle of the squashing down: room for unlikely tokens")
+    predicted_tokens: int = setting(3, "count", "tokens ahead that are predicted in the first stage, later fewer", 1)
+    tied_until: float = setting(2 / 3, "of schedule", "embedding and head are one table till then; 0: never", 0, 1)
+    attention_init: float = setting(1.0, "/ sqrt(width)", "spread of the first query, key and value weights")
+    mlp_init: float = setting(0.5, "/ sqrt(width)", "spread of the first up weights")
     # the optimizers
-    muon_lr: float = setting(0.04, "-", "block matrices: step length in units of an orthogonal matrix")
-    muon_momentum: float = setting(0.95, "-", "momentum of Muon after its warm-up", 0, 0.9999)
-    muon_momentum_start: float = setting(0.85, "-", "momentum at step 0; equal to muon_momentum: no warm-up", 0, 0.9999)
-    momentum_warmup: float = setting(500 / 1875, "of steps", "length of the momentum warm-up", 0, 1)
-    newton_schulz_steps: int = setting(5, "count", "iterations that orthogonalise an update; 0: only scale it")
-    embed_lr: float = setting(0.6, "-", "Adam, token embedding")
-    head_lr: float = setting(0.008, "-", "Adam, output head")
-    scalar_lr: float = setting(0.04, "-", "Adam, mixing weights of shortcuts and skips")
-    adam_beta1: float = setting(0.9, "-", "Adam, decay of the mean", 0, 0.9999)
-    adam_beta2: float = setting(0.95, "-", "Adam, decay of the squares", 0, 0.9999)
-    adam_epsilon: float = setting(1e-8, "-", "Adam, added to the root of the bias-corrected squares")
-    cooldown: float = setting(562 / 1875, "of steps", "last part of the run, rates linear to zero; 0: none", 0, 1)
+    muon_lr: float = setting(0.023, "-", "block matrices: step length in units of an orthogonal matrix")
+    muon_momentum: float = setting(0.95, "-", "momentum of Muon in the middle of the run", 0, 0.9999)
+    muon_momentum_start: float = setting(0.85, "-", "momentum at both ends; equal to muon_momentum: constant", 0, 0.9999)
+    momentum_warmup: float = setting(300 / 1600, "of steps", "length of its rise", 0, 1)
+    momentum_cooldown: float = setting(50 / 1600, "of steps", "length of its fall at the end; 0: none", 0, 1)
+    orthogonaliser: str = setting("polar-express", "polar-express|newton-schulz|none", "Muon's iteration")
+    normuon_beta2: float = setting(0.95, "-", "NorMuon: equalise rows by their running mean square; 0: off", 0, 0.9999)
+    muon_decay: float = setting(1.2, "-", "cautious weight decay, times the rate twice; 0: none")
+    down_scale: float = setting(4.0, "-", "factor on the step of the MLP's down matrices")
+    split_precision: bool = setting(True, "true|false", "bfloat16 matrices, their 16 low bits beside the optimizer")
+    adam_embedding: tuple[float, ...] = adam_setting(0.008, 0.5, 0.95, 0.75, "token embedding once it is untied")
+    adam_head: tuple[float, ...] = adam_setting(0.008, 0.5, 0.95, 0.75, "output head, and embedding while tied")
+    adam_tables: tuple[float, ...] = adam_setting(0.6, 0.75, 0.95, 0.025, "value embeddings and bigram table")
+    adam_gates: tuple[float, ...] = adam_setting(0.008, 0.9, 0.99, 0.005, "gates")
+    adam_x0: tuple[float, ...] = adam_setting(0.04, 0.65, 0.95, 0.0, "weights of the embedding in the stream")
+    adam_scalars: tuple[float, ...] = adam_setting(0.04, 0.9, 0.99, 0.0, "the other mixing weights")
+    adam_epsilon: float = setting(1e-10 / 16_384, "-", "added to the root of the bias-corrected squares")
+    adam_every: int = setting(2, "steps", "Adam updates once in so many steps, with their summed gradients", 1)
+    cooldown: float = setting(0.55, "of schedule", "last part, rates linear to their floor; 0: none", 0, 1)
+    rate_levels: tuple[float, ...] = setting((1.0, 1.52, 1.73), "-, by stage", "factor on all rates: grows with the batch")
+    rate_floor: float = setting(0.1, "-", "what remains of the rates at the end")
     # the machine
     seed: int = setting(0, "-", "seed of the initial weights and of the shuffle", 0, 2**63 - 1)
     device: str = setting("auto", "auto|cpu|cuda", "auto: the GPU if there is one")
     dtype: str = setting("auto", "auto|bfloat16|float32|float64", "auto: bfloat16 where the hardware is made for it")
+    head_dtype: str = setting("auto", "auto|float8|wide", "head in training; auto: float8 on GPUs that have it")
     compile: str = setting("auto", "auto|none", "auto: torch.compile with FlexAttention on a GPU, eager on a CPU")
     out: str = setting("logs", "folder", "where the run's own folder is made")
 
 
+# Every technique of the hundred-second recipe at its neutral value, and the settings of record 12.
+FIVE_MINUTE = {
+    "long_documents": "continue", "document_tokens": 0, "steps": 1875, "extension": 0.0, "tokens_per_step": (524_288,),
+    "row_tokens": (65_536,), "val_every": 125, "val_row_tokens": 65_536, "layers": 12, "window": (1023,),
+    "window_final": 0, "short_layers": (), "paired_layers": (), "attention_free": (), "attention_scale": 0.0,
+    "rotary_base": 10_000.0, "rotary_share": 1.0, "yarn": False, "key_offset": False, "attention_gates": False,
+    "attention_mix": False, "value_layers": (), "value_gates": False, "value_residual": True, "bigram": 0,
+    "smear": False, "residual_init": 1.0, "gated_skip": (), "unet_skips": True, "backout": (), "rms_epsilon": 2.0**-7,
+    "softcap": 30.0, "softcap_range": 30.0, "softcap_shift": 0.0, "predicted_tokens": 1, "tied_until": 0.0,
+    "attention_init": 3**-0.5, "mlp_init": 3**-0.5, "muon_lr": 0.04, "momentum_warmup": 500 / 1875,
+    "momentum_cooldown": 0.0, "orthogonaliser": "newton-schulz", "normuon_beta2": 0.0, "muon_decay": 0.0,
+    "down_scale": 1.0, "split_precision": False, "adam_embedding": (0.6, 0.9, 0.95, 0.0),
+    "adam_head": (0.008, 0.9, 0.95, 0.0), "adam_x0": (0.04, 0.9, 0.95, 0.0), "adam_scalars": (0.04, 0.9, 0.95, 0.0),
+    "adam_epsilon": 1e-8, "adam_every": 1, "cooldown": 562 / 1875, "rate_levels": (1.0,), "rate_floor": 0.0,
+    "head_dtype": "wide",
+}
 PRESETS = {
-    "five-minute": {},
+    "gpt2": {},
+    "five-minute": FIVE_MINUTE,
     "tiny": {
-        "train_files": "data/text/text_train_*.bin", "val_files": "data/text/text_val_*.bin",
-        "shuffle": True, "steps": 640, "tokens_per_step": 1024, "row_tokens": 128, "val_every": 40,
-        "val_tokens": 131_072, "layers": 3, "heads": 2, "width": 128, "window": 128, "window_start": 128,
-        "muon_momentum": 0.8, "muon_momentum_start": 0.8, "adam_beta1": 0.65, "cooldown": 0.8,
+        "train_files": "data/text/text_train_*.bin", "val_files": "data/text/text_val_*.bin", "shuffle": True,
+        "long_documents": "continue", "steps": 640, "tokens_per_step": (1024,), "row_tokens": (128,), "val_every": 40,
+        "val_tokens": 131_072, "val_row_tokens": 128, "layers": 3, "heads": 2, "width": 128,
+        "window": (128,), "window_short": (128,), "window_final": 0, "short_layers": (), "paired_layers": (0,),
+        "attention_free": (), "value_layers": (0, 2), "value_tables": 2, "gated_skip": (), "backout": (1,),
+        "bigram": 16, "cooldown": 0.8,
     },
 }
 
@@ -131,7 +204,7 @@ def parse_command_line(arguments: list[str]) -> Config:
         flag, equals, value = words.pop(0).partition("=")
         name = flag.removeprefix("--").replace("-", "_")
         if not flag.startswith("--") or name not in options:
-            raise Refusal(f"unknown option {flag}; the nearest is --{nearest(name, options).replace('_', '-')} "
+            raise Refusal(f"unknown option {flag}; the nearest is {spelled_flag(nearest(name, options))} "
                           "(python train_gpt2.py --help lists all)")
         if name in given:
             raise Refusal(f"{flag} is given twice; give it once")
@@ -139,20 +212,27 @@ def parse_command_line(arguments: list[str]) -> Config:
             raise Refusal(f"{flag} needs a value; for example {flag} {spelled(options[name].default)}")
         given[name] = parse_value(flag, value if equals else words.pop(0), options[name])
     preset = given.get("preset", Config.preset)
+    config = Config(**{**PRESETS[preset], "preset": preset, **given})
     if wants_help:
-        print_help(preset)
+        print(__doc__.split("\n\nThe file")[0])
+        print(f"\nSettings, with the defaults of --preset {preset} (presets: {', '.join(PRESETS)}):\n")
+        for f in options.values():
+            value = spelled({**vars(Config()), **PRESETS[preset], "preset": preset}[f.name])
+            print(f"  {spelled_flag(f.name):22} {value:>20} [{f.metadata['unit']}]  {f.metadata['reason']}")
         raise SystemExit(0)
-    base = Config(**{**PRESETS[preset], "preset": preset})
-    if "window" in given and base.window_start == base.window:  # constant stays constant
-        given.setdefault("window_start", given["window"])
-    config = dataclasses.replace(base, **given)
     check_config(config)
     return config
 
 
 def spelled(value) -> str:
     """A setting's value as it is typed."""
+    if isinstance(value, tuple):
+        return ",".join(map(spelled, value)) or "none"
     return f"{value:.6g}" if isinstance(value, float) else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def spelled_flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def nearest(word: str, words) -> str:
@@ -162,70 +242,167 @@ def nearest(word: str, words) -> str:
 def parse_value(flag: str, text: str, option: dataclasses.Field):
     """The text as the option's type, within its range or among its words (`auto|none`). Raises Refusal."""
     words = list(PRESETS) if option.name == "preset" else option.metadata["unit"].split("|")
-    if option.name == "preset" or len(words) > 1:
+    if len(words) > 1:
         if text not in words:
             raise Refusal(f"{flag} {text} is not one of {', '.join(words)}; "
                           f"the nearest is {flag} {nearest(text, words)}")
         return text == "true" if option.type is bool else text
-    low, high = option.metadata["low"], option.metadata["high"]
+    if option.type is str:
+        return text
+    low, high, counts = (option.metadata[key] for key in ("low", "high", "counts"))
+    is_list = get_origin(option.type) is tuple
+    kind = get_args(option.type)[0] if is_list else option.type
+    parts = ([] if text == "none" else text.split(",")) if is_list else [text]
     try:
-        value = option.type(text)
-        valid = option.type is str or (low <= value <= high and math.isfinite(value))
+        values = tuple(kind(part) for part in parts)
+        valid = all(low <= value <= high and math.isfinite(value) for value in values)
     except (ValueError, OverflowError):
         valid = False
-    if not valid:
-        kind = {int: "a whole number", float: "a number"}[option.type]
+    if not valid or (is_list and len(values) not in counts):
+        what = {int: "whole number", float: "number"}[kind]
         bounds = f"from {low} to {high}" if high < math.inf else f"of at least {low}"
-        raise Refusal(f"{flag} {text} is not {kind} {bounds}; for example {flag} {option.default}")
-    return value
+        what = f"a list of {what}s {bounds}, joined by commas" if is_list else f"a {what} {bounds}"
+        raise Refusal(f"{flag} {text} is not {what}; for example {flag} {spelled(option.default)}")
+    return values if is_list else values[0]
 
 
 def check_config(config: Config) -> None:
     """Raises Refusal for combinations that cannot work, each with the nearest value that does."""
-    def must_divide(name: str, unit: int, what: str) -> None:
-        value, flag = getattr(config, name), "--" + name.replace("_", "-")
-        if value % unit:
-            raise Refusal(f"{flag} {value} is not a whole number of {what} ({unit}); "
-                          f"the nearest is {flag} {max(1, round(value / unit)) * unit}")
+    def refuse(name: str, problem: str, better) -> None:
+        raise Refusal(f"{spelled_flag(name)} {spelled(getattr(config, name))} {problem}; "
+                      f"the nearest is {spelled_flag(name)} {spelled(better)}")
 
-    must_divide("row_tokens", MASK_BLOCK, "mask blocks")
-    must_divide("tokens_per_step", config.row_tokens, "rows")
-    must_divide("micro_tokens", config.row_tokens, "rows")
-    must_divide("width", 2 * config.heads, f"pairs of channels for each of --heads {config.heads}")
-    if config.window_start > config.window:
-        raise Refusal(f"--window-start {config.window_start} exceeds --window {config.window}; "
-                      f"the nearest is --window-start {config.window}")
+    def must_divide(name: str, units: list[int], what: str) -> None:
+        value = getattr(config, name)
+        values = value if isinstance(value, tuple) else (value,)
+        stages = range(max(len(values), len(units))) if isinstance(value, tuple) else range(1)
+        pairs = [(value_at(values, stage), value_at(units, stage)) for stage in stages]
+        if any(number % unit for number, unit in pairs):
+            better = tuple(max(1, round(number / unit)) * unit for number, unit in pairs)
+            refuse(name, f"is not a whole number of {what} ({spelled(tuple(units))})",
+                   better if isinstance(value, tuple) else better[0])
 
-
-def rows_per_micro(config: Config, world: int, device: torch.device) -> int:
-    """Rows in one forward pass of one process. Accumulation follows from it: (rows of a step / world) / this.
-
-    Raises Refusal, with the nearest valid number, where the rows of a step do not divide.
-    """
-    rows = config.tokens_per_step // config.row_tokens
-    if rows % world:
-        near = max(n for n in range(1, world + 1) if rows % n == 0)
-        raise Refusal(f"{world} processes cannot share {rows} rows per step; the nearest is --nproc_per_node={near}, "
-                      f"or --tokens-per-step {math.ceil(rows / world) * world * config.row_tokens}")
-    share = rows // world
-    wanted = config.micro_tokens // config.row_tokens
-    if not wanted:
-        most = max(1, (65_536 if device.type == "cuda" else 1024) // config.row_tokens)
-        return max(n for n in range(1, share + 1) if share % n == 0 and n <= most)
-    if share % wanted:
-        near = max(n for n in range(1, share + 1) if share % n == 0 and n <= wanted)
-        raise Refusal(f"--micro-tokens {config.micro_tokens} is {wanted} rows, which do not divide the {share} rows of "
-                      f"a step in each of {world} processes; the nearest is --micro-tokens {near * config.row_tokens}")
-    return wanted
-
-
-def print_help(preset: str) -> None:
-    values = Config(**{**PRESETS[preset], "preset": preset})
-    print(__doc__.split("\n\nThe file")[0])
-    print(f"\nSettings, with the defaults of --preset {preset} (presets: {', '.join(PRESETS)}):\n")
+    must_divide("row_tokens", [MASK_BLOCK], "mask blocks")
+    must_divide("val_row_tokens", [MASK_BLOCK], "mask blocks")
+    must_divide("tokens_per_step", list(config.row_tokens), "rows")
+    must_divide("width", [2 * config.heads], f"pairs of channels for each of --heads {config.heads}")
+    if config.paired_layers and config.heads % 2:
+        refuse("heads", "cannot be paired (--paired-layers none does without)", config.heads + 1)
     for f in fields(Config):
-        value = spelled(getattr(values, f.name))
-        print(f"  --{f.name.replace('_', '-'):22} {value:>8} [{f.metadata['unit']}]  {f.metadata['reason']}")
+        layers = getattr(config, f.name)
+        if f.metadata["unit"] == "layers" and any(layer >= config.layers for layer in layers):
+            within = tuple(layer for layer in layers if layer < config.layers)
+            refuse(f.name, f"names layers beyond the last of --layers {config.layers}, which is {config.layers - 1}",
+                   within if len(within) in f.metadata["counts"] else ())
+    if config.gated_skip and config.gated_skip[0] >= config.gated_skip[1]:
+        refuse("gated_skip", "does not lead from a layer to a later one", ())
+    if config.head_dtype == "float8" and config.loss_chunk % 16:
+        refuse("loss_chunk", "is not a multiple of 16, as float8 products need it", 16 * -(-config.loss_chunk // 16))
+    turning = round(config.rotary_share * config.width / config.heads)
+    if config.rotary_share and (turning % 2 or turning != config.rotary_share * config.width / config.heads):
+        refuse("rotary_share", f"turns no whole pairs of {config.width // config.heads} channels", 1.0)
+
+
+def check_processes(config: Config, world: int) -> None:
+    """Raises Refusal, with the nearest valid number, where the processes cannot share the rows of a step."""
+    for stage in range(4):
+        row_tokens = value_at(config.row_tokens, stage)
+        rows = value_at(config.tokens_per_step, stage) // row_tokens
+        if rows % world:
+            near = max(n for n in range(1, world + 1) if rows % n == 0)
+            raise Refusal(f"{world} processes cannot share {rows} rows per step; the nearest is --nproc_per_node={near}"
+                          f", or --tokens-per-step {math.ceil(rows / world) * world * row_tokens}")
+
+
+def rows_at_once(config: Config, row_tokens: int, device: torch.device) -> int:
+    """The most rows in one forward pass of one process."""
+    return max(1, (config.micro_tokens or (65_536 if device.type == "cuda" else 1024)) // row_tokens)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Schedules. In: the step, 0-based. Out: a number. Pure functions; lengths are fractions of the run, so they stretch.
+
+
+def value_at(values: tuple | list, stage: int):
+    """A setting "by stage": one value for each, the last one goes on."""
+    return values[min(stage, len(values) - 1)]
+
+
+def stage_borders(config: Config) -> list[int]:
+    """The steps where stages 1 and 2 begin, thirds of the schedule (#46), and where the extension, stage 3, does."""
+    scheduled = config.steps - round(config.extension * config.steps)
+    return [round(scheduled * part / 3) for part in (1, 2, 3)]
+
+
+def stage_of(step: int, config: Config) -> int:
+    """0 to 3; the validation after the last step belongs to the stage of that step."""
+    return sum(min(step, config.steps - 1) >= border for border in stage_borders(config))
+
+
+def tokens_until(step: int, config: Config) -> int:
+    """Training tokens of the steps before this one."""
+    borders = [0, *stage_borders(config), config.steps]
+    return sum(max(0, min(step, end) - begin) * value_at(config.tokens_per_step, stage)
+               for stage, (begin, end) in enumerate(zip(borders, borders[1:], strict=False)))
+
+
+def rate_schedule(step: int, config: Config) -> float:
+    """Multiplier of all learning rates: a level by stage, then linear to the floor over the last `cooldown` of the
+    schedule. The level follows the batch one step late, as in the records (#46)."""
+    scheduled = stage_borders(config)[-1]
+    level = value_at(config.rate_levels, stage_of(step - 1, config))
+    length = round(config.cooldown * scheduled)
+    left = min(1.0, max(0, scheduled - step) / length) if length else 1.0
+    return level * left + config.rate_floor * (1 - left)
+
+
+def momentum_schedule(step: int, config: Config) -> float:
+    """Muon's momentum: rises over the first `momentum_warmup` of the run, falls over the last `momentum_cooldown`."""
+    rise, fall = (max(1, round(share * config.steps)) for share in (config.momentum_warmup, config.momentum_cooldown))
+    high = min(1.0, step / rise, (config.steps - step) / fall if config.momentum_cooldown else 1.0)
+    return config.muon_momentum_start + (config.muon_momentum - config.muon_momentum_start) * high
+
+
+def windows_at(step: int, config: Config) -> tuple[int, int]:
+    """(long, short) attention windows, growing by stage (#29); the validation after the last step sees further."""
+    stage, is_last = stage_of(step, config), step == config.steps and config.window_final > 0
+    return config.window_final if is_last else value_at(config.window, stage), value_at(config.window_short, stage)
+
+
+def multi_token_weights(step: int, config: Config) -> list[float]:
+    """Weights of the losses of the next token, the one after it, ...: 1, 1/2, 1/4. Each stage predicts one token less
+    than the one before, and the last weight falls to zero in the course of it (#53)."""
+    stage, borders = stage_of(step, config), [0, *stage_borders(config)]
+    weights = [0.5**ahead for ahead in range(max(1, config.predicted_tokens - stage))]
+    if len(weights) > 1 and stage < 3:
+        weights[-1] *= 1 - (step - borders[stage]) / (borders[stage + 1] - borders[stage])
+    return weights
+
+
+def last_tied_step(config: Config) -> int:
+    """The last step in which embedding and head are one table, always one where Adam updates it; -1: none (#53)."""
+    if config.tied_until in (0, 1):
+        return config.steps if config.tied_until else -1
+    last = math.ceil(round(config.tied_until * stage_borders(config)[-1], 6))
+    return last + (-last - 1) % config.adam_every
+
+
+def yarn_schedule(stage: int, config: Config) -> tuple[Tensor, float]:
+    """Rotary frequencies (turning channels / 2,) float64 in radians per token, and the softmax scale of a stage.
+
+    YaRN (#31): where the window grows from W to W', a frequency that made less than one turn within W is slowed by
+    W / W', one of more than 32 turns is kept, those between are blended; the softmax grows sharper.
+    """
+    head_width = config.width // config.heads
+    turning = round(config.rotary_share * head_width)
+    frequency = config.rotary_base ** (-torch.arange(0, turning, 2, dtype=torch.float64) / max(1, turning))
+    scale = config.attention_scale or head_width**-0.5
+    for before in range(stage if config.yarn else 0):
+        old, new = value_at(config.window, before), value_at(config.window, before + 1)
+        kept = ((old * frequency / (2 * math.pi) - 1) / 31).clamp(0, 1)
+        frequency = frequency * (old / new + kept * (1 - old / new))
+        scale *= 1 + 0.2 * math.log(new / old)
+    return frequency, scale
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -248,6 +425,11 @@ class Processes(NamedTuple):
         """A mark behind what the device has been given so far; None on a CPU, which has done it already."""
         return torch.cuda.current_stream().record_event() if self.device.type == "cuda" else None
 
+    def barrier(self) -> None:
+        if self.world > 1:
+            dist.barrier()
+            self.synchronize()
+
 
 def start_processes(config: Config) -> Processes:
     """Join the process group where torchrun started several. Raises Refusal for a GPU that cannot be used."""
@@ -265,20 +447,20 @@ def start_processes(config: Config) -> Processes:
                           f"start with --nproc_per_node={torch.cuda.device_count()}")
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
-    if device.type == "cpu":
+    else:
         keep_freed_memory()
     if world > 1 and "MASTER_ADDR" not in os.environ:
         raise Refusal(f"WORLD_SIZE is {world}, but MASTER_ADDR is not set; let torchrun start the processes: "
                       f"torchrun --standalone --nproc_per_node={world} train_gpt2.py")
-    if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
+    if world > 1:  # an hour, because processes wait for the one that compiles
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=1),
                                 device_id=device if device.type == "cuda" else None)
     return Processes(rank, world, device)
 
 
 def keep_freed_memory() -> None:
-    """Have the C library keep what large tensors free, instead of returning it to the system and faulting every page
-    in again at the next step, which costs `tiny` a tenth of its time. Without glibc, nothing happens."""
+    """Have the C library keep what large tensors free, instead of faulting every page in again at the next step, which
+    costs `tiny` a tenth of its time. Without glibc, nothing happens."""
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, TypeError, AttributeError):
@@ -296,12 +478,21 @@ def driver_gpus() -> str:
 
 
 def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
-    """The dtype of activations, embedding and Newton-Schulz. All other weights are stored in at least float32."""
+    """The dtype of activations, tables and Muon's iterations; of the matrices too where they are split."""
     if config.dtype != "auto":
         return getattr(torch, config.dtype)
     on_gpu = device.type == "cuda"
     fast = torch.cuda.is_bf16_supported(including_emulation=False) if on_gpu else torch.cpu._is_avx512_bf16_supported()
     return torch.bfloat16 if fast else torch.float32
+
+
+def float8_head(config: Config, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the head's products are taken in float8 while training. Raises Refusal where only float32 is asked for."""
+    if config.head_dtype == "float8" and dtype != torch.bfloat16:
+        raise Refusal(f"--head-dtype float8 goes with bfloat16 activations, found {str(dtype)[6:]}; give "
+                      "--dtype bfloat16, or --head-dtype wide")
+    has_it = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+    return config.head_dtype == "float8" or (config.head_dtype == "auto" and has_it and dtype == torch.bfloat16)
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
@@ -310,7 +501,7 @@ def at_least_float32(dtype: torch.dtype) -> torch.dtype:
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Shards to rows. In: files of uint16 tokens. Out: batches of rows on the device. The shards form one stream, and which
-# tokens form which row depends on the stream and the step alone, never on the number of processes.
+# tokens form which row depends on it and the configuration alone, never on the number of processes.
 
 SHARD_MAGIC, SHARD_VERSION, HEADER_WORDS = 20240520, 1, 256
 GPT2_VOCABULARY, GPT2_SEPARATOR = 50257, 50256
@@ -432,7 +623,8 @@ class Batch(NamedTuple):
 
 
 def read_rows(stream: TokenStream, position: int, rows: int, row_tokens: int, end: int) -> Batch:
-    """Consecutive rows from `position` on, in host memory. Inputs from `end` on have no target: a ragged last row."""
+    """Rows of the stream as it comes, from `position` on, in host memory: what validation takes. Inputs from `end` on
+    have no target: a ragged last row."""
     count = max(0, min(rows * row_tokens, end - position))
     tokens, starts = stream.read(position, count + 1 if count else 0)
     inputs, targets = np.zeros(rows * row_tokens, np.int32), np.full(rows * row_tokens, -1, np.int64)
@@ -441,41 +633,91 @@ def read_rows(stream: TokenStream, position: int, rows: int, row_tokens: int, en
     return Batch(*(torch.from_numpy(array).view(rows, row_tokens) for array in (inputs, targets, begins)))
 
 
-@functools.lru_cache(maxsize=2)
-def row_order(rows: int, seed: int, epoch: int) -> np.ndarray:
-    """(rows,) every row number once, in an order that only these three numbers decide."""
-    return np.random.default_rng((seed, epoch)).permutation(rows)
+def documents(stream: TokenStream, position: int, block: int) -> Iterator[tuple[np.ndarray, int]]:
+    """Yield (its tokens, the position after it) for the document that starts at `position`, the next one, and so on."""
+    parts = []
+    while True:
+        tokens, starts = stream.read(position, block)
+        for number, part in enumerate(np.split(tokens, np.flatnonzero(starts))):
+            if number and parts:  # all parts but the first begin a document, so the one before is complete
+                yield np.concatenate(parts), position
+                parts = []
+            parts += [part] * (len(part) > 0)
+            position += len(part)
 
 
-def row_positions(config: Config, stream_tokens: int, step: int) -> list[int]:
-    """Where each row of a step begins in the stream: the same for any number of processes.
+def training_row(stream: TokenStream, position: int, row_tokens: int,
+                 config: Config) -> tuple[np.ndarray, np.ndarray, int]:
+    """The row that begins at `position`: (T + 1,) uint16 tokens, inputs and the last target; (T + 1,) bool, where a
+    document starts; and the position of the next row. Every row begins with a document, none longer than
+    document_tokens (#29). What is cut off, by that or by the row's end, is dropped, or is the next document."""
+    count, most = row_tokens + 1, config.document_tokens or row_tokens + 1
+    if config.long_documents == "drop":
+        pieces, filled = [], 0
+        for document, end in documents(stream, position, count):
+            pieces.append(document[:min(most, count - filled)])
+            filled += len(pieces[-1])
+            if filled == count:
+                break
+        starts = np.zeros(count, bool)
+        starts[np.cumsum([0, *map(len, pieces[:-1])])] = True
+        return np.concatenate(pieces), starts, end
+    tokens, starts = stream.read(position, count)
+    starts[0], place = True, np.arange(count)
+    starts |= (place - np.maximum.accumulate(place * starts)) % most == 0
+    return tokens, starts, position + row_tokens
 
-    In order, rows follow each other without a gap and run on over the end. Shuffled, the whole rows of the stream are
-    dealt out once, then once more in another order.
+
+def row_positions(stream: TokenStream, config: Config, row_tokens: int, number: int) -> list[int]:
+    """Where each whole row of the stream begins, in the order of its pass `number`, which the seed decides."""
+    positions, position = [], 0
+    while position + row_tokens < stream.tokens:
+        positions.append(position)
+        position = training_row(stream, position, row_tokens, config)[-1]
+    if position > stream.tokens:  # the last one ran on over the end
+        positions.pop()
+    return np.random.default_rng((config.seed, number)).permutation(positions).tolist()
+
+
+def step_batches(stream: TokenStream, config: Config, processes: Processes, first: int = 0) -> Iterator[Batch]:
+    """Yield this process's rows of step `first` from the start of the stream, then those of the next step, and so on;
+    in host memory. A step's rows go to the processes in order, each process having as many.
+
+    Rows follow each other through the stream. Shuffled, all rows of the stream are dealt out once, then again.
     """
-    count, whole = config.tokens_per_step // config.row_tokens, (stream_tokens - 1) // config.row_tokens
-    numbers = range(step * count, (step + 1) * count)
-    if config.shuffle:
-        numbers = [int(row_order(whole, config.seed, number // whole)[number % whole]) for number in numbers]
-    return [number * config.row_tokens for number in numbers]
+    position, dealt, deals, size = 0, [], 0, 0
+    for step in range(first, config.steps):
+        stage, mine = stage_of(step, config), []
+        if value_at(config.row_tokens, stage) != size:
+            dealt, size = [], value_at(config.row_tokens, stage)
+        count = value_at(config.tokens_per_step, stage) // size
+        for number in range(count):
+            if config.shuffle and not dealt:
+                dealt, deals = row_positions(stream, config, size, deals)[::-1], deals + 1
+            tokens, starts, position = training_row(stream, dealt.pop() if dealt else position, size, config)
+            if number * processes.world // count == processes.rank:
+                mine.append((tokens[:-1].astype(np.int32), tokens[1:].astype(np.int64), starts[:-1]))
+        yield Batch(*(torch.from_numpy(np.stack(parts)) for parts in zip(*mine, strict=True)))
 
 
-def step_batch(stream: TokenStream, config: Config, processes: Processes, step: int) -> Batch:
-    """This process's rows of a step: consecutive ones, as many as every other process has. In host memory."""
-    positions = row_positions(config, stream.tokens, step)
-    share = len(positions) // processes.world
-    rows = [read_rows(stream, position, 1, config.row_tokens, position + config.row_tokens)
-            for position in positions[processes.rank * share:(processes.rank + 1) * share]]
-    return Batch(*(torch.cat(parts) for parts in zip(*rows, strict=True)))
+def tokens_needed(stream: TokenStream, config: Config) -> int:
+    """How far a run reads into the stream. Where documents are cut short, that is found by packing all its rows."""
+    position, drops = 0, config.long_documents == "drop"
+    for step in range(config.steps):
+        stage = stage_of(step, config)
+        size = value_at(config.row_tokens, stage)
+        for _ in range(value_at(config.tokens_per_step, stage) // size):
+            position = training_row(stream, position, size, config)[-1] if drops else position + size
+    return position + (not drops)  # the last target of all
 
 
-def prefetched(load, count: int, processes: Processes):
-    """Yield load(0), ..., load(count - 1) on the device; the next one is read and copied while this one is in use."""
+def prefetched(batches: Iterator[Batch], processes: Processes) -> Iterator[Batch]:
+    """Yield the batches on the device; the next one is read and copied while this one is in use."""
     copies = torch.cuda.Stream(processes.device) if processes.device.type == "cuda" else None
 
-    def fetch(index: int) -> Batch:
-        batch = load(index)
-        if copies is None:
+    def fetch() -> Batch | None:
+        batch = next(batches, None)
+        if copies is None or batch is None:
             return batch
         torch.cuda.set_device(processes.device)  # a new thread starts on GPU 0, whatever its process uses
         with torch.cuda.stream(copies):
@@ -484,11 +726,9 @@ def prefetched(load, count: int, processes: Processes):
         return batch
 
     with ThreadPoolExecutor(max_workers=1) as reader:
-        upcoming = reader.submit(fetch, 0)
-        for index in range(count):
-            batch = upcoming.result()
-            if index + 1 < count:
-                upcoming = reader.submit(fetch, index + 1)
+        upcoming = reader.submit(fetch)
+        while (batch := upcoming.result()) is not None:
+            upcoming = reader.submit(fetch)
             if copies is not None:  # the memory must not be handed to a later copy while this step still reads it
                 for part in batch:
                     part.record_stream(torch.cuda.current_stream(processes.device))
@@ -496,7 +736,7 @@ def prefetched(load, count: int, processes: Processes):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Rows to attention mask. In: where documents start, (R, T) bool, and the window. Out: what each query may see. Causal,
+# Rows to attention masks. In: where documents start, (R, T) bool, and the window. Out: what each query may see. Causal,
 # same document, sliding window: the keys of query q are always one interval [first_key[q], q], and first_key never
 # decreases along a row. So the mask is two comparisons, and its blocks are intervals too: no T x T work anywhere.
 
@@ -504,10 +744,10 @@ MASK_BLOCK = 128
 
 
 def first_visible_key(starts: Tensor, window: int) -> Tensor:
-    """(R, T) bool, tokens -> (R, T) int32: the first key each query sees, itself at the latest."""
+    """(R, T) bool, tokens -> (R, T) int32: the first key each query sees, at most `window` before itself."""
     position = torch.arange(starts.shape[1], dtype=torch.int32, device=starts.device)
     document = (position * starts).cummax(dim=1).values
-    return torch.maximum(document, position - (min(window, len(position)) - 1))
+    return torch.maximum(document, position - min(window, len(position)))
 
 
 def interval_rule(first_key: Tensor):
@@ -570,15 +810,19 @@ def span_mask(first_key: Tensor, block: int = 2 * MASK_BLOCK) -> list[Span]:
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask | list[Span]) -> Tensor:
-    """Softmax attention with scale 1 / sqrt(K) under a mask; all (R, H, T, K)."""
+    """Softmax attention under a mask; all (R, H, T, K). The query carries the scale: as a tensor it may change without
+    a new graph."""
     if isinstance(mask, BlockMask):
-        return flex_attention(query, key, value, block_mask=mask)
+        return flex_attention(query, key, value, block_mask=mask, scale=1.0)
     return torch.cat([F.scaled_dot_product_attention(query[:, :, span.queries], key[:, :, span.keys],
-                                                     value[:, :, span.keys], span.visible) for span in mask], dim=2)
+                                                     value[:, :, span.keys], span.visible, scale=1.0)
+                      for span in mask], dim=2)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Model. In: tokens (R, T) and their mask. Out: the last hidden state (R, T, D), from which the loss takes the logits.
+# Model. In: a batch of rows and their masks. Out: the last hidden state (R, T, D), from which the loss takes the logits.
+
+GATE_CHANNELS = 12  # of the stream or of its norm, that a gate looks at
 
 
 def rms_norm(x: Tensor, epsilon: float) -> Tensor:
@@ -587,60 +831,146 @@ def rms_norm(x: Tensor, epsilon: float) -> Tensor:
     return F.rms_norm(x, x.shape[-1:], eps=epsilon)
 
 
-def rotary_tables(tokens: int, head_width: int, base: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosines and sines (T, K / 2) of position x base^(-2j / K); positions count from the start of the row."""
-    frequency = base ** (-torch.arange(0, head_width, 2, dtype=torch.float64) / head_width)
-    angle = torch.outer(torch.arange(tokens, dtype=torch.float64), frequency)
-    return angle.cos().to(dtype), angle.sin().to(dtype)
+def gate(x: Tensor, weight: Tensor) -> Tensor:
+    """(..., D) and (gates, 12) or (12,) -> (..., gates) or (...,), each in (0, 1): weights of zero give 1/2 (#28)."""
+    return torch.sigmoid(x[..., :GATE_CHANNELS] @ weight.mT.to(x.dtype) if weight.dim() > 1 else
+                         x[..., :GATE_CHANNELS] @ weight.to(x.dtype))
 
 
 def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """Rotary position embedding (RoFormer): channels j and j + K/2 of (R, H, T, K) turn by their position's angle."""
-    low, high = x.chunk(2, dim=-1)
-    cosine, sine = cosine[:x.shape[-2]], sine[:x.shape[-2]]
-    return torch.cat((low * cosine + high * sine, high * cosine - low * sine), dim=-1)
+    """Rotary position embedding (RoFormer): of the first 2 n channels of (R, T, heads, K), j and j + n turn together by
+    their position's angle; (T, heads or 1, n) cosines and sines. The other channels stay still (half-truncated, #17)."""
+    turning = cosine.shape[-1]
+    low, high, still = x.split((turning, turning, x.shape[-1] - 2 * turning), dim=-1)
+    return torch.cat((low * cosine + high * sine, high * cosine - low * sine, still), dim=-1)
+
+
+def previous(x: Tensor) -> Tensor:
+    """(R, T, ...) -> what stands one position before; position 0 keeps its own."""
+    return torch.cat((x[:, :1], x[:, :-1]), dim=1)
+
+
+def offset_keys(key: Tensor, turning: int, alone: Tensor) -> Tensor:
+    """Partial key offset (#49): the still channels of a key (R, T, H, K) come from the token before, so that one layer
+    can find what followed an earlier occurrence of a token (induction). `alone`: (R, T) bool, tokens that keep theirs."""
+    moving, still = key.split((turning, key.shape[-1] - turning), dim=-1)
+    return torch.cat((moving, torch.where(alone[..., None, None], still, previous(still))), dim=-1)
+
+
+def smear(embedded: Tensor, weight: Tensor, gate_weight: Tensor, alone: Tensor) -> Tensor:
+    """Smear (#34): each (R, T, D) embedding takes up a gated share of the one before; tokens that are `alone`, none."""
+    share = weight * gate(embedded, gate_weight).masked_fill(alone, 0)
+    return embedded + share.to(embedded.dtype)[..., None] * previous(embedded)
+
+
+def bigram_rows(tokens: Tensor, alone: Tensor, rows: int) -> Tensor:
+    """Bigram hash (#62): (R, T) int32 tokens -> the row of the table that each one shares with its predecessor; the
+    last of the `rows` for tokens that are `alone`. Products wrap around in int32; the modulo is never negative."""
+    before = previous(torch.where(alone, rows - 1, tokens).int())
+    return torch.where(alone, rows - 1, ((36_313 * tokens) ^ (27_191 * before)) % (rows - 1))
+
+
+class Layer(NamedTuple):
+    """What one layer has; `short`, `paired`: which mask its attention takes; `table`: its value embedding."""
+
+    attends: bool
+    short: bool
+    paired: bool
+    offset: bool
+    table: int | None
+
+
+def layer_plan(config: Config) -> list[Layer]:
+    """The layers in order. Value tables are dealt in turn: with three, layers 0, 1, 8, 9, 10 take 0, 1, 2, 0, 1."""
+    tables = {layer: place % config.value_tables for place, layer in enumerate(sorted(config.value_layers))}
+    return [Layer(i not in config.attention_free, i in config.short_layers, i in config.paired_layers,
+                  config.key_offset and i not in config.short_layers, tables.get(i)) for i in range(config.layers)]
 
 
 class Mix(NamedTuple):
-    """The learned scalars of one layer, 0-dimensional; None where the technique is off or has no place in the layer."""
+    """The learned weights of one layer beside its matrices: scalars and gates; None where the technique is off."""
 
-    stream: Tensor | None = None
-    x0: Tensor | None = None
-    value: Tensor | None = None
-    skip: Tensor | None = None
+    stream: Tensor | None
+    x0: Tensor | None
+    bigram: Tensor | None
+    into: Tensor | None
+    out: Tensor | None
+    value: Tensor | None
+    heads: Tensor | None  # (H, 12)
+    embedded: Tensor | None  # (H, 12)
+
+
+class Shared(NamedTuple):
+    """What all layers of a pass see: the embedding and the bigrams' (R, T, D), where no token before may be looked at
+    (R, T), cosines and sines (2 T, n) of all positions, and the softmax scale, 0-dimensional."""
+
+    x0: Tensor
+    bigram: Tensor | None
+    alone: Tensor
+    cosine: Tensor
+    sine: Tensor
+    scale: Tensor
 
 
 class Block(nn.Module):
     """Attention and MLP, each added to the stream. Holds no layer number, so that layers share compiled graphs."""
 
-    def __init__(self, config: Config, dtype: torch.dtype):
+    def __init__(self, config: Config, layer: Layer, dtype: torch.dtype):
         super().__init__()
         self.heads, self.qk_norm, self.epsilon = config.heads, config.qk_norm, config.rms_epsilon
+        self.attends, self.paired, self.offset = layer.attends, layer.paired, layer.offset
         width, hidden = config.width, config.mlp_ratio * config.width
-        self.attention = nn.Parameter(torch.zeros(4, width, width, dtype=dtype))  # query, key, value, output
+        if layer.attends:
+            self.attention = nn.Parameter(torch.zeros(4, width, width, dtype=dtype))  # query, key, value, output
         self.mlp = nn.Parameter(torch.zeros(2, hidden, width, dtype=dtype))  # up, down transposed
 
-    def forward(self, x: Tensor, x0: Tensor, skip: Tensor | None, first_value: Tensor | None, mix: Mix,
-                rotary: tuple[Tensor, Tensor], mask) -> tuple[Tensor, Tensor | None]:
-        """Streams (R, T, D) and layer 0's values (R, H, T, K) -> the new stream; layer 0 also returns its values."""
+    def forward(self, x: Tensor, mix: Mix, shared: Shared, mask, skip: Tensor | None, first_value: Tensor | None,
+                embedded: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The stream, what skips to here, and the value embeddings (R, T, D); layer 0's values (R, T, H, K), which that
+        layer itself returns beside the new stream."""
+        value = None
         if skip is not None:
-            x = x + mix.skip * skip
-        if mix.x0 is not None:
-            x = mix.stream * x + mix.x0 * x0
-        attended, value = self.attention_part(rms_norm(x, self.epsilon), first_value, mix, rotary, mask)
-        x = x + attended
+            x = x + skip
+        if mix.stream is not None:
+            x = mix.stream * x + mix.x0 * shared.x0
+        if mix.bigram is not None:
+            x = x + mix.bigram * shared.bigram
+        if self.attends:
+            attended, value = self.attend(rms_norm(x, self.epsilon), mix, shared, mask, first_value, embedded)
+            x = x + attended
         up, down = self.mlp.to(x.dtype).unbind(0)
         hidden = F.linear(rms_norm(x, self.epsilon), up).relu().square()  # ReLU^2 (Primer): sparse and cheap
         return x + hidden @ down, value if first_value is None else None
 
-    def attention_part(self, x: Tensor, first_value: Tensor | None, mix: Mix, rotary, mask) -> tuple[Tensor, Tensor]:
+    def attend(self, x: Tensor, mix: Mix, shared: Shared, mask, first_value, embedded) -> tuple[Tensor, Tensor]:
+        rows, tokens, width = x.shape
         into, out = self.attention.to(x.dtype).split((3, 1))
-        heads = F.linear(x, into.flatten(0, 1)).view(*x.shape[:2], 3 * self.heads, -1).transpose(1, 2)  # (R, 3 H, T, K)
-        match, value = heads.split((2 * self.heads, self.heads), dim=1)
-        query, key = rotate(rms_norm(match, self.epsilon) if self.qk_norm else match, *rotary).chunk(2, dim=1)
-        mixed = value if mix.value is None else torch.lerp(value, first_value, mix.value.to(value.dtype))
-        seen = attend(query, key, mixed, mask)
-        return F.linear(seen.transpose(1, 2).flatten(2), out[0]), value
+        if mix.into is not None:  # on the weights, where it costs least (#47, #48)
+            into, out = mix.into * into, mix.out * out
+        heads = F.linear(x, into.flatten(0, 1)).view(rows, tokens, 3 * self.heads, -1)
+        query, key, own = heads.chunk(3, dim=2)  # (R, T, H, K)
+        if self.qk_norm:
+            query, key = rms_norm(query, self.epsilon), rms_norm(key, self.epsilon)
+        if self.paired:  # head h of token t turns as position 2 t + h mod 2
+            turns = [table[:2 * tokens].view(tokens, 2, -1).repeat(1, self.heads // 2, 1)
+                     for table in (shared.cosine, shared.sine)]
+        else:
+            turns = shared.cosine[:tokens, None], shared.sine[:tokens, None]
+        query, key, value = rotate(query, *turns) * shared.scale, rotate(key, *turns), own
+        if mix.value is not None:
+            value = torch.lerp(value, first_value, mix.value.to(value.dtype))
+        if embedded is not None:
+            share = 2 * gate(x, mix.embedded)[..., None] if mix.embedded is not None else 1
+            value = value + share * embedded.view(value.shape)
+        if self.offset:
+            key = offset_keys(key, 2 * shared.cosine.shape[-1], shared.alone)
+        if self.paired:  # heads h and h + H/2 as one of 2 T positions: tokens see each other through both (#58)
+            query, key, value = (x.reshape(rows, 2 * tokens, self.heads // 2, -1) for x in (query, key, value))
+        seen = attend(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), mask)
+        seen = seen.transpose(1, 2).reshape(rows, tokens, self.heads, -1)
+        if mix.heads is not None:
+            seen = seen * gate(x, mix.heads)[..., None]
+        return F.linear(seen.flatten(2), out[0]), own
 
 
 def run_block(block: Block, *arguments) -> tuple[Tensor, Tensor | None]:
@@ -649,127 +979,261 @@ def run_block(block: Block, *arguments) -> tuple[Tensor, Tensor | None]:
 
 
 class GPT(nn.Module):
-    """The language model. Parameters: embedding and head (V, D), per block 12 D^2 (at mlp_ratio 4), a few scalars."""
+    """The language model. Parameters: embedding and head (V, D), per block 12 D^2 (at mlp_ratio 4), tables of value
+    embeddings and bigrams, gates and a few scalars. What changes with the stage, rotary tables and softmax scale, are
+    buffers that `enter_stage` fills; `tied` says that embedding and head are one table for now."""
 
     def __init__(self, config: Config, vocabulary: int, dtype: torch.dtype):
         """Weights are drawn on the CPU from config.seed, so that every process and device starts from the same ones."""
         super().__init__()
-        self.config, self.vocabulary = config, vocabulary
-        padded = -(-vocabulary // 64) * 64  # matrix units like round sizes; the extra columns are never targets
-        master = at_least_float32(dtype)
-        draw = torch.Generator().manual_seed(config.seed)
-        self.embedding = nn.Parameter(torch.randn(padded, config.width, generator=draw).to(dtype))
-        self.blocks = nn.ModuleList(Block(config, master) for _ in range(config.layers))
-        for block in self.blocks:  # what adds to the stream, and the head, start at zero: step 0 predicts uniformly
-            bound = config.width**-0.5
-            for weight in (block.attention[:3], block.mlp[0]):
-                weight.data.copy_(torch.empty(weight.shape).uniform_(-bound, bound, generator=draw))
-        self.head = nn.Parameter(torch.zeros(padded, config.width, dtype=master))
-        self.mirrored = config.layers // 2 if config.unet_skips else 0  # layers whose output a later one receives
-        if config.x0_shortcut:
-            self.stream_mix = nn.Parameter(torch.tensor([[1.0, 0.0]] * config.layers, dtype=master))
-        if config.value_residual:
-            self.value_mix = nn.Parameter(torch.full((config.layers,), 0.5, dtype=master))
-        if config.unet_skips:
-            self.skip_mix = nn.Parameter(torch.ones(self.mirrored, dtype=master))
-        cosine, sine = rotary_tables(config.row_tokens, config.width // config.heads, config.rotary_base, dtype)
-        self.register_buffer("cosine", cosine, persistent=False)
-        self.register_buffer("sine", sine, persistent=False)
+        self.config, self.vocabulary, self.plan = config, vocabulary, layer_plan(config)
         self.compiled, self.run_block, self.loss_of_chunk = False, run_block, loss_of_chunk
+        self.float8, self.stage, self.tied = False, -1, last_tied_step(config) >= 0
+        padded = -(-vocabulary // 64) * 64  # matrix units like round sizes; the extra columns are never targets
+        wide, width, layers = at_least_float32(dtype), config.width, config.layers
+        draw = torch.Generator().manual_seed(config.seed)
+        table = torch.randn(padded, width, generator=draw)
+        if self.tied:  # as a head it starts small (#51)
+            self.embedding, self.head = (nn.Parameter((0.005 * table).to(dtype)) for _ in range(2))
+        else:
+            self.embedding = nn.Parameter(table.to(dtype))
+            self.head = nn.Parameter(torch.zeros(padded, width, dtype=wide))
+        self.blocks = nn.ModuleList(Block(config, layer, dtype if config.split_precision else wide)
+                                    for layer in self.plan)
+        for block in self.blocks:  # what adds to the stream starts at zero
+            drawn = [(block.attention[:3], config.attention_init)] if block.attends else []
+            for weight, spread in [*drawn, (block.mlp[0], config.mlp_init)]:
+                bound = spread * (3 / width) ** 0.5
+                weight.data.copy_(torch.empty(weight.shape).uniform_(-bound, bound, generator=draw))
+
+        def scalars(*values: float | list[float]) -> nn.Parameter:
+            return nn.Parameter(torch.tensor(*values, dtype=wide))
+
+        def zeros(*shape: int, dtype=wide) -> nn.Parameter:
+            return nn.Parameter(torch.zeros(shape, dtype=dtype))
+
+        attending, valued = (sum(flags) for flags in zip(*((p.attends, p.table is not None) for p in self.plan)))
+        self.mirrored = layers // 2 if config.unet_skips else 0  # layers whose output a later one receives
+        if config.x0_shortcut:
+            self.residual_mix, self.x0_mix = scalars([config.residual_init] * layers), zeros(layers)
+        if config.attention_mix:
+            self.attention_mix = scalars([[0.5, 1.0]] * layers)
+        if config.value_residual:
+            self.value_mix = scalars([0.5] * layers)
+        if self.mirrored:
+            self.skip_mix = scalars([1.0] * self.mirrored)
+        if config.attention_gates:
+            self.attention_gates = zeros(attending, config.heads, GATE_CHANNELS)
+        if valued:
+            count = min(config.value_tables, valued)
+            self.value_tables = nn.ParameterList(zeros(padded, width, dtype=dtype) for _ in range(count))
+            if config.value_gates:
+                self.value_gates = zeros(valued, config.heads, GATE_CHANNELS)
+        if config.bigram:
+            self.bigram_table = zeros(config.bigram * padded, width, dtype=dtype)
+            self.bigram_mix = scalars([0.1] * layers)
+        if config.smear:
+            self.smear_mix, self.smear_gate = zeros(), zeros(GATE_CHANNELS)
+        if config.gated_skip:
+            self.gated_skip_mix, self.skip_gate = scalars(-1.5), zeros(GATE_CHANNELS)
+        if config.backout:
+            self.backout_mix = scalars(0.5)
+        positions = max(*config.row_tokens, config.val_row_tokens) * (2 if config.paired_layers else 1)
+        frequencies, _ = yarn_schedule(0, config)
+        for name in ("cosine", "sine"):
+            self.register_buffer(name, torch.empty(positions, len(frequencies), dtype=dtype), persistent=False)
+        self.register_buffer("scale", torch.empty((), dtype=wide), persistent=False)
+        self.enter_stage(0)
+
+    def enter_stage(self, stage: int) -> None:
+        """Rotary tables and softmax scale of a stage; positions count from the start of the row."""
+        if stage != self.stage:
+            frequencies, scale = yarn_schedule(stage, self.config)
+            position = torch.arange(len(self.cosine), dtype=torch.float64, device=self.cosine.device)
+            angle = torch.outer(position, frequencies.to(position.device))
+            self.cosine.copy_(angle.cos())
+            self.sine.copy_(angle.sin())
+            self.scale.fill_(scale)
+            self.stage = stage
 
     def compile_parts(self) -> None:
-        """Compile per block, not the whole model: layers of one kind share a graph (the first one, the first half, its
-        mirror, the rest), and each gradient is there, and its hook called, as soon as its layer is done."""
+        """Compile per block, not the whole model: layers of one kind share a graph, and each gradient is there, and its
+        hook called, as soon as its layer is done."""
         self.compiled = True
-        torch._dynamo.config.recompile_limit = 32  # 4 graphs to train and 4 to validate are torch's whole allowance
+        torch._dynamo.config.recompile_limit = 64  # kinds of layers, times stages, with and without gradients
         self.run_block = torch.compile(run_block, dynamic=False, fullgraph=True)
         self.loss_of_chunk = torch.compile(loss_of_chunk, dynamic=False, fullgraph=True)
 
     def mixes(self) -> list[Mix]:
-        """The scalars of each layer. Layer 0 mixes no values: they are its own."""
-        layers, off = self.config.layers, [None] * self.config.layers
-        stream, x0 = self.stream_mix.unbind(1) if self.config.x0_shortcut else (off, off)
-        value = [None, *self.value_mix.unbind()[1:]] if self.config.value_residual else off
-        skip = [None] * (layers - self.mirrored) + (list(self.skip_mix.unbind()) if self.config.unet_skips else [])
-        return [Mix(*scalars) for scalars in zip(stream, x0, value, skip, strict=True)]
+        """The learned weights of each layer. Layer 0 mixes no values: they are its own."""
+        off = [None] * self.config.layers
 
-    def forward(self, inputs: Tensor, mask: BlockMask | list[Span]) -> Tensor:
-        """(R, T) int32 and the mask of these rows -> (R, T, D), normalised, ready for the head."""
-        x = x0 = rms_norm(F.embedding(inputs, self.embedding), self.config.rms_epsilon)
-        outputs, first_value = [], None
-        for layer, (block, mix) in enumerate(zip(self.blocks, self.mixes(), strict=True)):
-            skip = outputs[self.config.layers - 1 - layer] if mix.skip is not None else None
-            arguments = (block, x, x0, skip, first_value, mix, (self.cosine, self.sine), mask)
-            if self.config.recompute and torch.is_grad_enabled():
+        def each(name: str) -> list:
+            return off if (weights := getattr(self, name, None)) is None else list(weights.unbind())
+
+        def dealt(name: str, has) -> list:
+            gates = iter(each(name))
+            return [next(gates) if has(layer) else None for layer in self.plan]
+
+        into, out = zip(*((None, None) if pair is None else pair.unbind() for pair in each("attention_mix")))
+        columns = (each("residual_mix"), each("x0_mix"), each("bigram_mix"), into, out, [None, *each("value_mix")[1:]],
+                   dealt("attention_gates", lambda layer: layer.attends),
+                   dealt("value_gates", lambda layer: layer.table is not None))
+        return [Mix(*weights) for weights in zip(*columns, strict=True)]
+
+    def forward(self, inputs: Tensor, starts: Tensor, masks: dict) -> Tensor:
+        """(R, T) int32, (R, T) bool and `attention_masks` of these rows -> (R, T, D), normalised, ready for the head."""
+        config, epsilon = self.config, self.config.rms_epsilon
+        alone = torch.zeros_like(starts) if config.cross_document else starts.clone()
+        alone[:, 0] = True
+        embedded, bigram = F.embedding(inputs, self.head if self.tied else self.embedding), None
+        if config.smear:
+            embedded = smear(embedded, self.smear_mix, self.smear_gate, alone)
+        if config.bigram:
+            bigram = F.embedding(bigram_rows(inputs, alone, len(self.bigram_table)), self.bigram_table)
+        x = x0 = rms_norm(embedded, epsilon)
+        shared = Shared(x0, bigram, alone, self.cosine, self.sine, self.scale)
+        outputs, first_value = {}, None
+        kept = {*range(self.mirrored), *config.gated_skip[:1], *config.backout}
+        for i, (block, layer, mix) in enumerate(zip(self.blocks, self.plan, self.mixes(), strict=True)):
+            skip, values = None, None
+            if self.mirrored and i >= config.layers - self.mirrored:
+                skip = self.skip_mix[i - config.layers + self.mirrored] * outputs[config.layers - 1 - i]
+            if config.gated_skip and i == config.gated_skip[1]:
+                share = torch.sigmoid(self.gated_skip_mix) * 2 * gate(x0, self.skip_gate)[..., None]
+                skip = share.to(x.dtype) * outputs[config.gated_skip[0]]
+            if layer.table is not None:
+                values = F.embedding(inputs, self.value_tables[layer.table])
+            arguments = (block, x, mix, shared, masks.get((layer.short, layer.paired)), skip, first_value, values)
+            if config.recompute and torch.is_grad_enabled():
                 x, value = recomputed(self.run_block, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:
                 x, value = self.run_block(*arguments)
-            if layer < self.mirrored:
-                outputs.append(x)
-            first_value = value if layer == 0 else first_value
-        return rms_norm(x, self.config.rms_epsilon)
+            if i in kept:
+                outputs[i] = x
+            if config.value_residual and i == 0:
+                first_value = value
+        for source in config.backout:
+            x = x - self.backout_mix * outputs[source]
+        return rms_norm(x, epsilon)
 
-    def loss(self, batch: Batch, mask: BlockMask | list[Span]) -> Tensor:
-        """Sum, not mean, of the cross-entropies of all targets, in nats, 0-dimensional, at least float32."""
-        hidden, targets = self(batch.inputs, mask).flatten(0, 1), batch.targets.flatten()
-        return ChunkedLoss.apply(hidden, self.head, targets, self.config, self.loss_of_chunk,
-                                 torch.is_grad_enabled())
+    def loss(self, batch: Batch, masks: dict, weights: list[float] = (1.0,)) -> tuple[Tensor, Tensor]:
+        """Sums, not means, of cross-entropies in nats, 0-dimensional, at least float32: of the next `len(weights)`
+        tokens of every token, weighted, for training; of the next token alone, without a gradient, to report."""
+        hidden, ahead = self(batch.inputs, batch.starts, masks).flatten(0, 1), range(len(weights))
+        targets = torch.stack([F.pad(batch.targets[:, k:], (0, k), value=-1) for k in ahead], dim=-1).flatten(0, 1)
+        weights = [torch.tensor(weight, dtype=at_least_float32(hidden.dtype)) for weight in weights]
+        return ChunkedLoss.apply(hidden, self.head, targets, weights, self, torch.is_grad_enabled())
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., D) -> (..., vocabulary), capped, at least float32; the padding columns are left out."""
         raw = F.linear(hidden, self.head[:self.vocabulary].to(hidden.dtype)).to(at_least_float32(hidden.dtype))
-        return self.config.softcap * torch.tanh(raw / self.config.softcap) if self.config.softcap else raw
+        return softcap(raw, cap_of(self.config))[0]
 
 
-def attention_mask(model: GPT, starts: Tensor, window: int) -> BlockMask | list[Span]:
-    """The mask of rows in the form that the model's attention takes: blocks where it is compiled, spans elsewhere."""
-    first_key = first_visible_key(starts, window)
-    return block_mask(first_key) if model.compiled else span_mask(first_key)
+def attention_masks(model: GPT, starts: Tensor, windows: tuple[int, int]) -> dict[tuple[bool, bool], list]:
+    """(R, T) bool and the (long, short) windows -> the mask of each kind of layer, by (is short, is paired), in the
+    form that the model's attention takes: blocks where it is compiled, spans elsewhere. Windows count positions, of
+    which a token has two in paired layers."""
+    masks, doubled = {}, torch.stack((starts, torch.zeros_like(starts)), dim=-1).flatten(1)
+    for short, paired in {(layer.short, layer.paired) for layer in model.plan if layer.attends}:
+        first_key = first_visible_key(doubled if paired else starts, windows[short])
+        masks[short, paired] = block_mask(first_key) if model.compiled else span_mask(first_key)
+    return masks
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Loss. In: hidden states (N, D), head (V, D), targets (N,). Out: the summed cross-entropy and, while the logits of a
+# Loss. In: hidden states (N, D), head (V, D), targets (N, k). Out: the summed cross-entropy and, while the logits of a
 # chunk are at hand, both gradients: full logits (6.6 GB at 65,536 tokens) never exist and nothing is computed twice.
 
+# What is divided by before a cast to float8, so that the largest values met (100, 1.6, 96) reach its end (#51, #55).
+HIDDEN_UNIT, HEAD_UNIT, SLOPE_UNIT = 100 / 448, 1.6 / 448, 0.75 / 448
 
-def loss_of_chunk(hidden: Tensor, head: Tensor, targets: Tensor, softcap: float, with_gradient: bool):
-    """(n, D), (V, D) of the same dtype, (n,) -> loss; with_gradient also its gradients (n, D) and (V, D)."""
-    raw = (hidden @ head.mT).to(at_least_float32(hidden.dtype))  # (n, V)
-    counts = (targets >= 0).to(raw.dtype)[:, None]
-    target = targets.clamp_min(0)[:, None]
-    squashed = torch.tanh(raw / softcap) if softcap else raw
-    logits = softcap * squashed if softcap else raw
+
+def float8(x: Tensor, unit: float, kind: torch.dtype) -> Tensor:
+    """x / unit, clipped: beyond its range a cast gives the largest value, infinity or NaN, depending on kind and GPU."""
+    most = torch.finfo(kind).max
+    return (x / unit).clamp(-most, most).to(kind)
+
+
+def scaled_product(a: Tensor, b: Tensor, unit: float, dtype: torch.dtype, fast: bool = False) -> Tensor:
+    """(m, k) x (n, k)^T of float8 -> (m, n), times `unit`. Both operands are contiguous, as the hardware wants them."""
+    one = torch.ones((), device=a.device)
+    return torch._scaled_mm(a, b.mT, scale_a=one * unit, scale_b=one, out_dtype=dtype, use_fast_accum=fast)
+
+
+def cap_of(config: Config) -> tuple[float, float, float]:
+    return config.softcap, config.softcap_range, config.softcap_shift
+
+
+def softcap(raw: Tensor, cap: tuple[float, float, float]) -> tuple[Tensor, Tensor | float]:
+    """Logits c tanh((raw + shift) / range) and their slope; c = 0: as they are. With (11.5, 15, 5) this is #54's
+    23 sigmoid((raw + 5) / 7.5) less 11.5, which no softmax sees."""
+    most, extent, shift = cap
+    if not most:
+        return raw, 1.0
+    squashed = torch.tanh((raw + shift) / extent)
+    return most * squashed, most / extent * (1 - squashed.square())
+
+
+def loss_of_chunk(hidden: Tensor, head: Tensor, turned_head: Tensor | None, targets: Tensor, weights: list[Tensor],
+                  cap: tuple[float, float, float], with_gradient: bool):
+    """(n, D), (V, D), (n, k) -> (weighted loss, that of the next token alone); with_gradient also the gradients of the
+    former, (n, D) and (V, D). A float8 head comes with its transpose (D, V), and all three products are in float8."""
+    narrow, wide = hidden.dtype, at_least_float32(hidden.dtype)
+    if turned_head is not None:
+        hidden = float8(hidden, HIDDEN_UNIT, torch.float8_e4m3fn)
+        raw = scaled_product(hidden, head, HIDDEN_UNIT * HEAD_UNIT, narrow, fast=True)  # (n, V)
+    else:
+        raw = hidden @ head.mT
+    logits, bend = softcap(raw.to(wide), cap)
     normaliser = logits.logsumexp(-1, keepdim=True)
-    loss = ((normaliser - logits.gather(1, target)) * counts).sum()
+    chosen = softcap(raw.gather(1, targets.clamp_min(0)).to(wide), cap)[0]
+    losses = ((normaliser - chosen) * (targets >= 0)).sum(0)
+    loss = sum(weight * losses[k] for k, weight in enumerate(weights))
     if not with_gradient:
-        return loss, None, None
-    column = torch.arange(head.shape[0], device=target.device)
-    slope = ((logits - normaliser).exp() - (column == target).to(raw.dtype)) * counts
-    slope = (slope * (1 - squashed.square()) if softcap else slope).to(hidden.dtype)
-    return loss, slope @ head, slope.mT @ hidden
+        return loss, losses[0], None, None
+    column, slope = torch.arange(head.shape[0], device=targets.device), 0
+    counted = sum(weight * (targets[:, k:k + 1] >= 0) for k, weight in enumerate(weights))
+    for k, weight in enumerate(weights):
+        slope = slope + weight * (column == targets[:, k:k + 1])
+    slope = ((logits - normaliser).exp() * counted - slope) * bend
+    if turned_head is not None:
+        slope = float8(slope, SLOPE_UNIT, torch.float8_e5m2)
+        return (loss, losses[0], scaled_product(slope, turned_head, SLOPE_UNIT * HEAD_UNIT, narrow),
+                scaled_product(slope.mT.contiguous(), hidden.mT.contiguous(), SLOPE_UNIT * HIDDEN_UNIT, wide))
+    slope = slope.to(narrow)
+    return loss, losses[0], slope @ head, slope.mT @ hidden
 
 
 class ChunkedLoss(torch.autograd.Function):
-    """Sum of cross-entropies over chunks of config.loss_chunk tokens; targets of -1 count nothing."""
+    """Sums of cross-entropies over chunks of config.loss_chunk tokens; targets of -1 count nothing."""
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, head: Tensor, targets: Tensor, config: Config, loss_of_chunk,
-                with_gradient: bool) -> Tensor:
-        narrow_head = head.to(hidden.dtype)
-        total = torch.zeros((), dtype=at_least_float32(hidden.dtype), device=hidden.device)
-        hidden_slopes, head_slope = [], torch.zeros_like(head) if with_gradient else None
+    def forward(ctx, hidden: Tensor, head: Tensor, targets: Tensor, weights: list[Tensor], model: GPT,
+                with_gradient: bool) -> tuple[Tensor, Tensor]:
+        config, narrow_head, turned_head = model.config, head.to(hidden.dtype), None
+        if model.float8 and with_gradient:
+            narrow_head = float8(head, HEAD_UNIT, torch.float8_e4m3fn)
+            turned_head = narrow_head.mT.contiguous()
+        wide = at_least_float32(hidden.dtype)
+        total, next_token = torch.zeros((2,), dtype=wide, device=hidden.device)
+        hidden_slopes, head_slope = [], torch.zeros_like(head, dtype=wide) if with_gradient else None
         for chunk, wanted in zip(hidden.split(config.loss_chunk), targets.split(config.loss_chunk), strict=True):
-            loss, hidden_part, head_part = loss_of_chunk(chunk, narrow_head, wanted, config.softcap, with_gradient)
+            loss, next_loss, hidden_part, head_part = model.loss_of_chunk(
+                chunk, narrow_head, turned_head, wanted, weights, cap_of(config), with_gradient)
             total += loss
+            next_token += next_loss
             if with_gradient:
                 hidden_slopes.append(hidden_part)
                 head_slope += head_part
         if with_gradient:
-            ctx.save_for_backward(torch.cat(hidden_slopes), head_slope)
-        return total
+            ctx.save_for_backward(torch.cat(hidden_slopes), head_slope.to(head.dtype))
+        ctx.mark_non_differentiable(next_token)
+        return total, next_token
 
     @staticmethod
-    def backward(ctx, slope: Tensor):
+    def backward(ctx, slope: Tensor, _):
         hidden_slope, head_slope = ctx.saved_tensors
         return hidden_slope * slope, head_slope * slope, None, None, None, None
 
@@ -787,15 +1251,17 @@ all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_te
 class Group:
     """Parameters of one kind as consecutive slices of one tensor, padded so that it divides among the processes.
 
-    The parameters and their gradients become views of `weights` and `gradients`. A step is reduce (gradients summed,
+    The parameters and their gradients become views of `weights` and `gradients`. An update is reduce (gradients summed,
     each process receives its slice), update (of that slice, in the subclass), gather (slices to all processes). A
     reduction starts by itself in the backward pass, as soon as the last gradient of the group has arrived.
     """
 
-    def __init__(self, name: str, parameters: list[nn.Parameter], item: int, learning_rate: float,
-                 processes: Processes):
-        """item: how many trailing axes stay whole when it is sliced: 2 for matrices, 1 for rows, 0 for scalars."""
-        self.name, self.parameters, self.learning_rate, self.processes = name, parameters, learning_rate, processes
+    def __init__(self, name: str, parameters: list[nn.Parameter], item: int, config: Config, processes: Processes,
+                 every: int = 1, after: int = -1):
+        """item: how many trailing axes stay whole when it is sliced: 2 for matrices, 1 for rows, 0 for scalars.
+        every, after: it is updated in each so-many-th step after that one."""
+        self.name, self.parameters, self.config, self.processes = name, parameters, config, processes
+        self.every, self.after = every, after
         pieces = [p.data.reshape(-1, *p.shape[p.dim() - item:]) for p in parameters]
         length, world = sum(map(len, pieces)), processes.world
         self.weights = pieces[0].new_zeros(length + (-length) % world, *pieces[0].shape[1:])
@@ -814,11 +1280,24 @@ class Group:
         self.missing, self.work = 0, None
         self.state, self.kernel = [], None  # optimizer buffers and the function that updates the slice
 
+    def wide_zeros(self, *shape: int) -> Tensor:
+        """A buffer of the optimizer, of the slice's shape or another one, at least float32 whatever the weights are."""
+        return self.shard.new_zeros(shape or self.shard.shape, dtype=at_least_float32(self.shard.dtype))
+
+    def spread(self, values: list, lengths: list[int]) -> Tensor:
+        """One value (or tuple of them) for each parameter -> this process's slice of one for each item."""
+        each = torch.tensor(values, dtype=at_least_float32(self.shard.dtype)).repeat_interleave(torch.tensor(lengths), 0)
+        padding = each.new_ones(len(self.weights) - len(each), *each.shape[1:])
+        return torch.cat((each, padding))[self.mine].to(self.shard.device)
+
     def compile_update(self) -> None:
         self.kernel = torch.compile(self.kernel, dynamic=False, fullgraph=True)
 
+    def is_due(self, step: int) -> bool:
+        return step > self.after and (step + 1) % self.every == 0
+
     def expect_gradients(self) -> None:
-        """The next backward pass is the step's last: reduce as soon as every gradient is there. In the passes before,
+        """The next backward pass is the update's last: reduce as soon as every gradient is there. In the passes before,
         the count falls below zero and nothing starts."""
         self.missing = len(self.parameters)
 
@@ -828,7 +1307,7 @@ class Group:
             self.reduce()
 
     def reduce(self) -> None:
-        """Start the sum over processes. The loss is divided by the tokens of the whole step, so it is the mean."""
+        """Start the sum over processes."""
         if self.processes.world > 1 and self.work is None:
             self.work = reduce_scatter(self.shard_gradient, self.gradients, async_op=True)
 
@@ -849,104 +1328,166 @@ class Group:
         return torch.tensor(value, dtype=at_least_float32(self.weights.dtype))
 
 
-# Coefficients of the quintic a x + b x^3 + c x^5 that drives every singular value towards 1 from anywhere in (0, 1].
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+# Margin on the norm, and coefficients of the quintics a x + b x^3 + c x^5 that drive every singular value in (0, 1]
+# towards 1. Polar Express (#38): each step the best one for what the steps before leave.
+ORTHOGONALISERS = {
+    "newton-schulz": (1.0, 5 * ((3.4445, -4.7750, 2.0315),)),
+    "polar-express": (1.02, (
+        (8.156554524902461, -22.48329292557795, 15.878769915207462),
+        (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+        (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+        (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+        (2.3465413258596377, -1.7097828382687081, 0.42323551169305323))),
+    "none": (1.0, ()),
+}
 
 
-def newton_schulz(update: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
+def orthogonalise(update: Tensor, kind: str, dtype: torch.dtype) -> Tensor:
     """(..., rows, columns) -> the same shape in `dtype`: about U V^T of each matrix's U S V^T (Muon).
 
-    Five steps leave the singular values that were above 1 % of the Frobenius norm between 0.68 and 1.14; a zero matrix
-    stays zero. The size of the input does not matter, however small: it is divided by its largest entry first.
+    A zero matrix stays zero. The size of the input does not matter, however small: its largest entry divides it first.
     """
-    smallest = torch.finfo(update.dtype).tiny
-    x = update / update.abs().amax((-2, -1), keepdim=True).clamp_min(smallest)
-    x = (x / x.square().sum((-2, -1), keepdim=True).sqrt().clamp_min(1)).to(dtype)
+    margin, quintics = ORTHOGONALISERS[kind]
+    x = update / update.abs().amax((-2, -1), keepdim=True).clamp_min(torch.finfo(update.dtype).tiny)
+    x = (x / (margin * x.square().sum((-2, -1), keepdim=True).sqrt()).clamp_min(1)).to(dtype)
     tall = x.shape[-2] > x.shape[-1]
     x = (x.mT if tall else x).reshape(-1, *sorted(x.shape[-2:]))  # (matrices, short side, long side)
-    a, b, c = NEWTON_SCHULZ
-    for _ in range(steps):
+    for a, b, c in quintics:
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return (x.mT if tall else x).reshape(update.shape)
 
 
-def muon_update(weight: Tensor, gradient: Tensor, momentum: Tensor, scale: Tensor, rate: Tensor, decay: Tensor,
-                steps: int, dtype: torch.dtype) -> None:
-    """Nesterov momentum in average form, orthogonalised; all (matrices, rows, columns), in place."""
-    momentum.mul_(decay).add_(gradient * (1 - decay))
-    look_ahead = momentum * decay + gradient * (1 - decay)
-    weight.sub_(newton_schulz(look_ahead, steps, dtype) * (scale * rate))
+def equalise_rows(update: Tensor, average: Tensor, beta2: float) -> Tensor:
+    """NorMuon (#41): divide each row by its running root mean square, `average`, and keep each matrix's norm. Matrices
+    (n, rows, columns); of wide ones the columns take the place of rows."""
+    axis = -1 if update.shape[-2] >= update.shape[-1] else -2
+    square = update.square().mean(axis, keepdim=True)
+    average.lerp_(square, 1 - beta2)
+    factor = average.clamp_min(1e-10).rsqrt()
+    before, after = (part.sum((-2, -1), keepdim=True).sqrt() for part in (square, square * factor.square()))
+    return update * (factor * before / after.clamp_min(1e-10))
 
 
-def adam_update(weight: Tensor, gradient: Tensor, mean: Tensor, square: Tensor, rate: Tensor, beta1: float,
-                beta2: float, epsilon: float, count: Tensor) -> None:
-    """Adam in place; arithmetic in at least float32 whatever the storage, epsilon outside the corrected root."""
-    wide = at_least_float32(weight.dtype)
-    gradient = gradient.to(wide)
-    new_mean = mean.to(wide) * beta1 + gradient * (1 - beta1)
-    new_square = square.to(wide) * beta2 + gradient.square() * (1 - beta2)
-    step = (new_mean / (1 - beta1**count)) / ((new_square / (1 - beta2**count)).sqrt() + epsilon)
-    mean.copy_(new_mean)
-    square.copy_(new_square)
-    weight.copy_(weight.to(wide) - rate * step)
+def joined(high: Tensor, low: Tensor) -> Tensor:
+    """bfloat16 and the 16 bits that it lacks, as int16 -> float32 (#57)."""
+    return ((high.view(torch.int16).int() << 16) | (low.int() & 0xFFFF)).view(torch.float32)
+
+
+def split(wide: Tensor) -> tuple[Tensor, Tensor]:
+    """float32 -> bfloat16, cut towards zero, and the 16 bits cut off, as int16. The inverse of `joined`."""
+    bits = wide.view(torch.int32)
+    return (bits >> 16).to(torch.int16).view(torch.bfloat16), ((bits << 16) >> 16).to(torch.int16)
+
+
+def muon_update(weight: Tensor, gradient: Tensor, momentum: Tensor, average: Tensor, low: Tensor | None, scale: Tensor,
+                rate: Tensor, inertia: Tensor, decay: float, beta2: float, kind: str, dtype: torch.dtype) -> None:
+    """Nesterov momentum in average form, orthogonalised, its rows equalised; all (matrices, rows, columns), in place.
+    Weights decay where the update shrinks them anyway (cautious, #43): by the rate twice, of which one has the scale."""
+    gradient = gradient.to(momentum.dtype)
+    momentum.mul_(inertia).add_(gradient * (1 - inertia))
+    update = orthogonalise(momentum * inertia + gradient * (1 - inertia), kind, dtype).to(momentum.dtype)
+    if beta2:
+        update = equalise_rows(update, average, beta2)
+    old = weight if low is None else joined(weight, low)
+    new = old - scale * rate * (update + decay * rate * old * (update * old >= 0))
+    if low is None:
+        weight.copy_(new)
+    else:
+        for part, bits in zip((weight, low), split(new), strict=True):
+            part.copy_(bits)
+
+
+def adam_update(weight: Tensor, gradient: Tensor, mean: Tensor, square: Tensor, settings: Tensor, factor: Tensor,
+                count: Tensor, epsilon: float) -> None:
+    """Adam in place; arithmetic in at least float32 whatever the storage, epsilon outside the corrected root. settings:
+    (items, 4), rate, beta1, beta2 and decay of each. Decay is cautious as Muon's, by the rate squared (#50)."""
+    rate, beta1, beta2, decay = settings.view(-1, 4, *[1] * (weight.dim() - 1)).unbind(1)
+    rate, gradient, old = rate * factor, gradient.to(mean.dtype), weight.to(mean.dtype)
+    mean.lerp_(gradient, 1 - beta1)
+    square.lerp_(gradient.square(), 1 - beta2)
+    step = rate * (mean / (1 - beta1**count)) / ((square / (1 - beta2**count)).sqrt() + epsilon)
+    weight.copy_(old - step - rate.square() * decay * old * (step * old > 0))
 
 
 class Muon(Group):
-    """Matrices of one shape, orthogonalised as one batch. State: one momentum buffer for this process's matrices."""
+    """Matrices of one shape, orthogonalised as one batch. State, for this process's matrices: momentum, running mean
+    squares of rows, and the low bits of the weights where those are bfloat16."""
 
     def __init__(self, name: str, parameters: list[nn.Parameter], scales: list[float], config: Config,
                  dtype: torch.dtype, processes: Processes):
         """scales: for each matrix of a parameter, in order, the factor on its update."""
-        super().__init__(name, parameters, 2, config.muon_lr, processes)
-        self.config, self.dtype, self.kernel = config, dtype, muon_update
-        self.state = [torch.zeros_like(self.shard)]
-        padding = len(self.weights) - len(scales) * len(parameters)
-        every = torch.tensor(scales * len(parameters) + [1.0] * padding, dtype=self.shard.dtype)
-        self.scale = every[self.mine, None, None].to(self.shard.device)
+        super().__init__(name, parameters, 2, config, processes)
+        self.learning_rate, self.dtype, self.kernel = config.muon_lr, dtype, muon_update
+        count, rows, columns = self.shard.shape
+        self.state = [self.wide_zeros(), self.wide_zeros(count, *((rows, 1) if rows >= columns else (1, columns)))]
+        if self.weights.dtype == torch.bfloat16:
+            self.state.append(torch.zeros_like(self.shard, dtype=torch.int16))
+        self.scale = self.spread(scales * len(parameters), [1] * len(scales) * len(parameters))[:, None, None]
 
     def update(self, step: int) -> None:
-        rate = self.scalar(self.learning_rate * rate_schedule(step, self.config))
-        decay = self.scalar(momentum_schedule(step, self.config))
-        self.kernel(self.shard, self.shard_gradient, *self.state, self.scale, rate, decay,
-                    self.config.newton_schulz_steps, self.dtype)
+        momentum, average, low = (*self.state, None)[:3]
+        self.kernel(self.shard, self.shard_gradient, momentum, average, low, self.scale,
+                    self.scalar(self.learning_rate * rate_schedule(step, self.config)),
+                    self.scalar(momentum_schedule(step, self.config)), self.config.muon_decay,
+                    self.config.normuon_beta2, self.config.orthogonaliser, self.dtype)
 
 
 class Adam(Group):
-    """A table or scalars under Adam. State: mean and square of the gradient for this process's slice, in its dtype."""
+    """Tables or small weights under Adam. State: mean and square of the gradient for this process's slice."""
 
-    def __init__(self, name: str, parameters: list[nn.Parameter], item: int, learning_rate: float, config: Config,
-                 processes: Processes):
-        super().__init__(name, parameters, item, learning_rate, processes)
-        self.config, self.kernel = config, adam_update
-        self.state = [torch.zeros_like(self.shard), torch.zeros_like(self.shard)]
+    def __init__(self, name: str, parameters: list[nn.Parameter], item: int, settings: list[tuple], config: Config,
+                 processes: Processes, after: int = -1):
+        """settings: (rate, beta1, beta2, decay) of each parameter."""
+        super().__init__(name, parameters, item, config, processes, config.adam_every, after)
+        self.learning_rate, self.kernel = max(rate for rate, *_ in settings), adam_update
+        self.state = [self.wide_zeros(), self.wide_zeros()]
+        items = [math.prod(p.shape[:p.dim() - item]) for p in parameters]
+        self.settings = self.spread(settings, items)
 
     def update(self, step: int) -> None:
-        rate = self.scalar(self.learning_rate * rate_schedule(step, self.config))
-        self.kernel(self.shard, self.shard_gradient, *self.state, rate, self.config.adam_beta1,
-                    self.config.adam_beta2, self.config.adam_epsilon, self.scalar(step + 1.0))
+        self.kernel(self.shard, self.shard_gradient, *self.state, self.settings,
+                    self.scalar(rate_schedule(step, self.config)), self.scalar((step + 1.0) // self.every),
+                    self.config.adam_epsilon)
 
 
-def optimizer_groups(model: GPT, config: Config, dtype: torch.dtype, processes: Processes) -> list[Group]:
+def optimizer_groups(model: GPT, config: Config, dtype: torch.dtype, processes: Processes) -> dict[str, Group]:
     """Every parameter in exactly one group, in the order in which backward completes them."""
-    attention, mlp = [b.attention for b in model.blocks], [b.mlp for b in model.blocks]
-    up_scale = max(1, config.mlp_ratio) ** 0.5  # Muon's sqrt(max(1, outputs / inputs)); down is wide: 1
-    scalars = [p for name, p in model.named_parameters() if name.endswith("_mix")]
-    groups = [
-        Adam("head", [model.head], 1, config.head_lr, config, processes),
-        Muon("mlp", mlp, [up_scale, 1.0], config, dtype, processes),
-        Muon("attention", attention, [1.0] * 4, config, dtype, processes),
-        *([Adam("scalars", scalars, 0, config.scalar_lr, config, processes)] if scalars else []),
-        Adam("embedding", [model.embedding], 1, config.embed_lr, config, processes),
-    ]
+    rate, *betas, _ = config.adam_gates
+    gates = {"attention_gates": config.adam_gates, "value_gates": config.adam_gates, "x0_mix": config.adam_x0,
+             "smear_gate": (0.01 * rate, *betas, 0.0), "skip_gate": (0.05 * rate, *betas, 0.0)}
+    small = {name: p for name, p in model.named_parameters(recurse=False) if name.endswith(("_mix", "_gate", "_gates"))}
+    attention = [block.attention for block in model.blocks if block.attends]
+    up_scale = max(1, config.mlp_ratio) ** 0.5  # Muon's sqrt(max(1, outputs / inputs))
+    groups = [Adam("head", [model.head], 1, [config.adam_head], config, processes),
+              Muon("mlp", [block.mlp for block in model.blocks], [up_scale, config.down_scale], config, dtype, processes)]
+    if attention:
+        groups.append(Muon("attention", attention, [1.0] * 4, config, dtype, processes))
+    if small:
+        settings = [gates.get(name, config.adam_scalars) for name in small]
+        groups.append(Adam("small", list(small.values()), 0, settings, config, processes))
+    if config.value_layers:
+        tables = list(model.value_tables)
+        groups.append(Adam("values", tables, 1, [config.adam_tables] * len(tables), config, processes))
+    if config.bigram:
+        groups.append(Adam("bigrams", [model.bigram_table], 1, [config.adam_tables], config, processes))
+    groups.append(Adam("embedding", [model.embedding], 1, [config.adam_embedding], config, processes,
+                       after=last_tied_step(config)))
     if processes.world > 1:
         for group in groups:
             dist.broadcast(group.weights, 0)
-    return groups
+    return {group.name: group for group in groups}
+
+
+def untie(model: GPT, groups: dict[str, Group]) -> None:
+    """From here on embedding and head are tables of their own, equal so far, as are the moments of their gradients."""
+    model.tied, head, embedding = False, groups["head"], groups["embedding"]
+    for mine, other in zip((embedding.weights, *embedding.state), (head.weights, *head.state), strict=True):
+        mine.copy_(other)
 
 
 def apply_updates(groups: list[Group], step: int) -> None:
-    """One update of everything. The reduction of one group and the gathering of another run beside the arithmetic."""
+    """One update of these groups. The reduction of one and the gathering of another run beside the arithmetic."""
     for group in groups:
         group.reduce()
     for group in groups:
@@ -957,61 +1498,45 @@ def apply_updates(groups: list[Group], step: int) -> None:
         group.wait()
 
 
-def parameter_table(groups: list[Group]) -> str:
-    """What is trained, by which optimizer, at which rate."""
+def parameter_table(groups: dict[str, Group]) -> str:
+    """What is trained, by which optimizer, at which rate (where a group has several, the highest)."""
     lines = [f"{'group':10} {'tensors':>7} {'shape':>16} {'dtype':>9} {'parameters':>12} {'optimizer':>9} {'rate':>8}"]
-    for group in groups:
+    for group in groups.values():
         numbers = sum(p.numel() for p in group.parameters)
         shape = " x ".join(map(str, group.weights.shape[1:])) or "-"
         lines.append(f"{group.name:10} {len(group.parameters):7} {shape:>16} {str(group.weights.dtype)[6:]:>9} "
                      f"{numbers:12,} {type(group).__name__:>9} {group.learning_rate:8g}")
-    total = sum(p.numel() for group in groups for p in group.parameters)
+    total = sum(p.numel() for group in groups.values() for p in group.parameters)
     return "\n".join([*lines, f"{'total':10} {total:57,}"])
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Schedules. In: the step, 0-based. Out: a number. Pure functions; lengths are fractions of the run, so they stretch.
-
-
-def rate_schedule(step: int, config: Config) -> float:
-    """Multiplier of all learning rates: 1, then linear over the last `cooldown` of the run; the last step is not 0."""
-    length = round(config.cooldown * config.steps)
-    return min(1.0, (config.steps - step) / length) if length else 1.0
-
-
-def momentum_schedule(step: int, config: Config) -> float:
-    """Muon's momentum: from its start to its final value over the first `momentum_warmup` of the run."""
-    progress = min(1.0, step / max(1, round(config.momentum_warmup * config.steps)))
-    return config.muon_momentum_start + (config.muon_momentum - config.muon_momentum_start) * progress
-
-
-def window_schedule(step: int, config: Config) -> int:
-    """Attention window in tokens, growing over the run in steps of 64: what is near is learned first (record 13)."""
-    if config.window_start == config.window:
-        return config.window
-    grown = config.window_start + (config.window - config.window_start) * min(1.0, step / config.steps)
-    return max(config.window_start, int(grown) // 64 * 64)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # One step and one validation. In: batches on the device. Out: updated parameters; losses per token in nats.
 
 
-def train_step(model: GPT, groups: list[Group], batch: Batch, micro_rows: int, step: int) -> Tensor:
-    """Forward and backward over the micro-batches, then the update. Returns (processes,) losses, each process's sum
-    divided by all tokens of the step, on the device: reading them is left to the caller, who need not wait."""
-    config, processes = model.config, groups[0].processes
-    window = window_schedule(step, config)
+def train_step(model: GPT, groups: dict[str, Group], batch: Batch, step: int) -> Tensor:
+    """Forward and backward over the micro-batches, then the updates that are due. Returns (processes,) losses of the
+    next token, each process's sum divided by all tokens of the step, on the device: reading them is left to the caller,
+    who need not wait. Gradients are of the sum over tokens, divided by the first stage's batch throughout: they grow
+    with the batch, while Adam's moments go on (#46)."""
+    config, processes = model.config, groups["head"].processes
+    stage, windows, weights = stage_of(step, config), windows_at(step, config), multi_token_weights(step, config)
+    model.enter_stage(stage)
+    if model.tied and step > last_tied_step(config):
+        untie(model, groups)
+    due = [group for group in groups.values() if group.is_due(step)]
+    rows, most = len(batch.inputs), rows_at_once(config, batch.inputs.shape[1], processes.device)
+    at_once = max(n for n in range(1, rows + 1) if rows % n == 0 and n <= most)
+    micros = [Batch(*parts) for parts in zip(*(part.split(at_once) for part in batch), strict=True)]
     total = torch.zeros((), dtype=at_least_float32(model.embedding.dtype), device=processes.device)
-    for begin in range(0, len(batch.inputs), micro_rows):
-        micro = Batch(*(part[begin:begin + micro_rows] for part in batch))
-        if begin + micro_rows == len(batch.inputs):
-            for group in groups:
+    for number, micro in enumerate(micros):
+        if number == len(micros) - 1:
+            for group in due:
                 group.expect_gradients()
-        loss = model.loss(micro, attention_mask(model, micro.starts, window)) / config.tokens_per_step
-        loss.backward()
-        total += loss.detach()
-    apply_updates(groups, step)
+        loss, next_token = model.loss(micro, attention_masks(model, micro.starts, windows), weights)
+        (loss / config.tokens_per_step[0]).backward()
+        total += next_token / value_at(config.tokens_per_step, stage)
+    apply_updates(due, step)
     if processes.world == 1:
         return total[None]
     losses = total.new_empty(processes.world)
@@ -1020,43 +1545,56 @@ def train_step(model: GPT, groups: list[Group], batch: Batch, micro_rows: int, s
 
 
 @torch.no_grad()
-def validate(model: GPT, stream: TokenStream, tokens: int, micro_rows: int, step: int, processes: Processes) -> float:
-    """Mean cross-entropy over the first `tokens` targets of the stream, each counted once, in nats per token.
+def validate(model: GPT, stream: TokenStream, tokens: int, step: int, processes: Processes) -> float:
+    """Mean cross-entropy of the next token over the first `tokens` targets of the stream, each counted once, in nats.
 
-    Rows go round the processes in groups of micro_rows, so that the shapes are those of training. The last row may be
-    ragged. The sum over tokens is divided once, so that the number of processes and the micro size do not matter.
+    Rows go round the processes in groups as large as a micro-batch. The last row may be ragged. The sum over tokens is
+    divided once, so that neither the number of processes nor that size matters.
     """
-    size = micro_rows * model.config.row_tokens
-    passes = -(-tokens // (size * processes.world))
-    window = window_schedule(step, model.config)
-
-    def load(index: int) -> Batch:
-        position = (index * processes.world + processes.rank) * size
-        return read_rows(stream, position, micro_rows, model.config.row_tokens, tokens)
-
+    config, row = model.config, model.config.val_row_tokens
+    rows = rows_at_once(config, row, processes.device)
+    passes = -(-tokens // (rows * row * processes.world))
+    windows = windows_at(step, config)
+    model.enter_stage(stage_of(step, config))
+    places = ((index * processes.world + processes.rank) * rows * row for index in range(passes))
+    batches = (read_rows(stream, place, rows, row, tokens) for place in places)
     total = torch.zeros((), dtype=torch.float64, device=processes.device)
-    for batch in prefetched(load, passes, processes):
-        total += model.loss(batch, attention_mask(model, batch.starts, window))
+    for batch in prefetched(batches, processes):
+        total += model.loss(batch, attention_masks(model, batch.starts, windows))[1]
     if processes.world > 1:
         dist.all_reduce(total)
     return total.item() / tokens
 
 
-def warm_up(model: GPT, groups: list[Group], batch: Batch, check, micro_rows: int, processes: Processes) -> float:
-    """Compile everything on throw-away steps, put every number back, and return the seconds it took.
+def warm_up(model: GPT, groups: dict[str, Group], processes: Processes, batch_of, check) -> float:
+    """Compile everything on throw-away steps of every stage, put every number back, and return the seconds it took.
 
-    From here on a recompilation is an error, so that none can hide inside the timed region.
+    The first process of a machine goes first, the others find its results on disk. Nothing is exchanged meanwhile. From
+    here on a recompilation is an error, so that none can hide inside the timed region.
     """
-    begin = time.perf_counter()
+    begin, config, tied = time.perf_counter(), model.config, model.tied
     torch.compiler.set_stance("default")
-    changed = [tensor for group in groups for tensor in (group.weights, *group.state)]
+    changed = [tensor for group in groups.values() for tensor in (group.weights, *group.state)]
     kept = [tensor.to("cpu", copy=True) for tensor in changed]  # not on the GPU: they would count as its peak memory
-    for step in (0, 1):
-        train_step(model, groups, batch, micro_rows, step)
+    first = [0, *stage_borders(config)]
+    steps = sorted({step + i for step in first for i in range(config.adam_every) if step + i < config.steps})
+    for group in groups.values():
+        group.processes = Processes(0, 1, processes.device)
+    if int(os.environ.get("LOCAL_RANK", "0")) > 0:
+        processes.barrier()
+    for step in steps:
+        train_step(model, groups, batch_of(step), step)
         check(step)
+    check(config.steps)
+    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+        processes.barrier()
+    for group in groups.values():
+        group.processes = processes
     for tensor, original in zip(changed, kept, strict=True):
         tensor.copy_(original)
-    processes.synchronize()
+    model.tied = tied
+    model.enter_stage(0)
+    processes.barrier()
     torch.compiler.set_stance("fail_on_recompile")
     if processes.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(processes.device)
@@ -1103,7 +1641,7 @@ class RunLog:
         """One object in metrics.jsonl, and a line as speedrun logs have it; `step` counts the updates done."""
         if self.folder is None:
             return
-        tokens = step * self.config.tokens_per_step
+        tokens = tokens_until(step, self.config)
         record = {"step": step, "tokens": tokens, **losses, "train_time_s": round(seconds, 6)}
         self.metrics.write(json.dumps(record) + "\n")
         kind, loss = next(iter(losses.items()))
@@ -1145,27 +1683,21 @@ def peak_memory(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
-# Dense bf16 peak of one GPU in FLOP/s, from the makers' data sheets.
-PEAK_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
+def load_compile_cache(config: Config) -> str | None:
+    """Give the compiler what the newest run with a cache has left: a restart then compiles in seconds. Returns its path.
+    What was made for other code, another torch or another GPU is simply not found in it."""
+    caches = sorted(Path(config.out).glob("*/compile_cache.bin"))
+    if not caches:
+        return None
+    torch.compiler.load_cache_artifacts(caches[-1].read_bytes())
+    return str(caches[-1])
 
 
-def flops_per_token(config: Config, vocabulary: int) -> float:
-    """Multiplications and additions of training one token: 6 per matrix parameter, 12 D per visible key and layer.
-    Keys are those of the causal window; that documents end earlier is not subtracted."""
-    matrices = config.layers * (4 + 2 * config.mlp_ratio) * config.width**2 + vocabulary * config.width
-    window = min(config.window, config.row_tokens)
-    keys = window - window * (window - 1) / (2 * config.row_tokens)
-    return 6 * matrices + 12 * config.layers * config.width * keys
-
-
-def utilisation(config: Config, vocabulary: int, tokens_per_second: float, processes: Processes,
-                dtype: torch.dtype) -> str:
-    """Share of the GPUs' peak that the model's arithmetic uses; "unknown" where the peak is."""
-    name = torch.cuda.get_device_name(processes.device) if processes.device.type == "cuda" else ""
-    peak = next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
-    if peak is None or dtype != torch.bfloat16:
-        return "unknown"
-    return f"{100 * tokens_per_second * flops_per_token(config, vocabulary) / (peak * processes.world):.1f} %"
+def save_compile_cache(path: Path) -> None:
+    """What the compiler made in this process, into the run folder."""
+    artifacts = torch.compiler.save_cache_artifacts()
+    if artifacts is not None:
+        path.write_bytes(artifacts[0])
 
 
 def save_model(path: Path, model: GPT, stream: TokenStream, step: int, val_loss: float) -> None:
@@ -1193,6 +1725,8 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[GP
         config = Config(**saved["config"])
         model = GPT(config, saved["vocabulary"], getattr(torch, saved["dtype"]))
         model.load_state_dict(saved["weights"])
+        model.tied = saved["step"] - 1 <= last_tied_step(config)
+        model.enter_stage(stage_of(saved["step"], config))
     except Exception as error:  # whatever the file system, the unpickler or the shapes object to
         reason = " ".join(str(error).split()).split(". ")[0][:200]
         raise Refusal(f"cannot use {path} as a checkpoint: {type(error).__name__}, {reason}; {expected}") from None
@@ -1209,17 +1743,17 @@ def open_data(config: Config) -> tuple[TokenStream, TokenStream, int]:
     if (train.vocabulary, train.separator) != (val.vocabulary, val.separator):
         raise Refusal(f"training shards have (vocabulary, separator) {train.vocabulary, train.separator}, validation "
                       f"shards {val.vocabulary, val.separator}; encode both alike: {shard_command(config.train_files)}")
-    needed = config.steps * config.tokens_per_step + 1
-    if needed > train.tokens and not config.repeat:
-        shards = len(train.shards) + math.ceil((needed - train.tokens) / max(s.tokens for s in train.shards))
-        most = (train.tokens - 1) // config.tokens_per_step
-        raise Refusal(f"the run needs {needed:,} training tokens, {config.train_files} holds {train.tokens:,}; get "
-                      f"more: {shard_command(config.train_files, shards)}; or give --repeat true"
-                      + f" or --steps {most}" * (most > 0))
-    for stream, pattern, least in ((train, config.train_files, config.row_tokens + 1), (val, config.val_files, 2)):
+    for stream, pattern, least in ((train, config.train_files, max(config.row_tokens) + 1), (val, config.val_files, 2)):
         if stream.tokens < least:
             raise Refusal(f"{pattern} holds {stream.tokens} token{'s' * (stream.tokens > 1)}, expected {least} or "
                           f"more; get them: {shard_command(pattern)}")
+    needed = 0 if config.repeat else tokens_needed(train, config)
+    if needed > train.tokens:
+        shards = len(train.shards) + math.ceil((needed - train.tokens) / max(s.tokens for s in train.shards))
+        most = config.steps * train.tokens // needed
+        raise Refusal(f"the run needs {needed:,} training tokens, {config.train_files} holds {train.tokens:,}; get "
+                      f"more: {shard_command(config.train_files, shards)}; or give --repeat true"
+                      + f" or --steps {most}" * (most > 0))
     return train, val, min(config.val_tokens, val.tokens - 1)
 
 
@@ -1259,40 +1793,44 @@ def can_compile(config: Config, processes: Processes, dtype: torch.dtype, log: R
 
 def train(config: Config, processes: Processes) -> Path | None:
     """The whole run. Returns the run folder (None on processes other than 0). Raises Refusal, or leaves a model."""
-    micro_rows = rows_per_micro(config, processes.world, processes.device)
+    check_processes(config, processes.world)
     dtype = compute_dtype(config, processes.device)
+    use_float8 = float8_head(config, dtype, processes.device)
     stream, val_stream, val_tokens = open_data(config)
     log = RunLog(config, processes)
     log.line(environment(processes), show=False)
     log.line(json.dumps(dataclasses.asdict(config)), show=False)
 
     model = GPT(config, stream.vocabulary, dtype).to(processes.device)
+    model.float8 = use_float8
     groups = optimizer_groups(model, config, dtype, processes)
-    passes = config.tokens_per_step // (micro_rows * config.row_tokens * processes.world)
     log.line(parameter_table(groups))
-    log.line(f"{config.preset}: {config.steps} steps of {config.tokens_per_step:,} tokens in rows of "
-             f"{config.row_tokens:,}; {processes.world} process(es) on {processes.device.type}, {str(dtype)[6:]}, "
-             f"{passes} x {micro_rows} rows each")
+    log.line(f"{config.preset}: {config.steps} steps of {spelled(config.tokens_per_step)} tokens in rows of "
+             f"{spelled(config.row_tokens)}; {processes.world} process(es) on {processes.device.type}, {str(dtype)[6:]}"
+             + ", head in float8" * use_float8)
     if val_tokens < config.val_tokens:
         log.line(f"notice: validating on all {val_tokens:,} targets of {config.val_files}, fewer than --val-tokens "
                  f"{config.val_tokens}")
 
-    load = functools.partial(step_batch, stream, config, processes)
-
-    def judge(step: int, tokens: int = val_tokens) -> float:
-        return validate(model, val_stream, tokens, micro_rows, step, processes)
+    def judge(step: int) -> float:
+        return validate(model, val_stream, val_tokens, step, processes)
 
     if can_compile(config, processes, dtype, log):
         model.compile_parts()
-        for group in groups:
+        for group in groups.values():
             group.compile_update()
-        first = next(prefetched(load, 1, processes))
-        seconds = warm_up(model, groups, first, lambda step: judge(step, tokens=1), micro_rows, processes)
+        cache, alone = load_compile_cache(config), Processes(0, 1, processes.device)
+        log.line(f"compiling for every stage; {f'reusing {cache}' if cache else 'the first time takes minutes'}")
+        seconds = warm_up(model, groups, processes,
+                          lambda step: next(prefetched(step_batches(stream, config, processes, step), processes)),
+                          lambda step: validate(model, val_stream, 1, step, alone))
+        if log.folder is not None:
+            save_compile_cache(log.folder / "compile_cache.bin")
         log.line(f"compiled in {seconds:.0f} s, untimed")
 
     clock, underway = Clock(processes), deque()  # the losses of steps that the device has been given but not read
     ahead = 1 if processes.device.type == "cuda" else 0  # how many of them there may be
-    lower_rates = "try lower rates (--muon-lr, --embed-lr, --head-lr) or look at the tokens of that step"
+    lower_rates = "try lower rates (--muon-lr, --adam-head, --adam-tables) or look at the tokens of that step"
 
     def read_loss(step: int, losses: Tensor, copied: torch.cuda.Event | None) -> None:
         if copied is not None:
@@ -1303,7 +1841,7 @@ def train(config: Config, processes: Processes) -> Path | None:
                           f"expected a number; no model was written; {lower_rates}")
         log.measured(step + 1, clock.now(), train_loss=float(losses.sum()))
 
-    batches = prefetched(load, config.steps, processes)
+    batches = prefetched(step_batches(stream, config, processes), processes)
     for step in range(config.steps + 1):
         if step in (0, config.steps) or (config.val_every and step % config.val_every == 0):
             clock.stop()
@@ -1318,17 +1856,15 @@ def train(config: Config, processes: Processes) -> Path | None:
         if step == config.steps:
             break
         clock.start()
-        losses = train_step(model, groups, next(batches), micro_rows, step)
+        losses = train_step(model, groups, next(batches), step)
         underway.append((step, losses.to("cpu", non_blocking=True), processes.event()))
         while len(underway) > ahead:
             read_loss(*underway.popleft())
     if log.folder is not None:
         save_model(log.folder / "model.pt", model, stream, config.steps, val_loss)
-    speed = config.steps * config.tokens_per_step / clock.now()
-    used = utilisation(config, stream.vocabulary, speed, processes, dtype)
-    log.line(f"final val_loss {val_loss:.4f} nats per token, training time {clock.now():.2f} s, {speed:,.0f} tokens/s, "
-             f"model FLOP utilisation {used}, peak memory {peak_memory(processes.device):,.0f} MiB; "
-             f"all of it in {log.folder}")
+    log.line(f"final val_loss {val_loss:.4f} nats per token, training time {clock.now():.2f} s, "
+             f"{tokens_until(config.steps, config) / clock.now():,.0f} tokens/s, peak memory "
+             f"{peak_memory(processes.device):,.0f} MiB; all of it in {log.folder}")
     log.close()
     return log.folder
 

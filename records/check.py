@@ -19,13 +19,13 @@ import torch
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parent / "data")]
 from text import BYTES, write_shard  # noqa: E402
-from train_gpt2 import Config, Processes, train  # noqa: E402
+from train_gpt2 import PRESETS, Config, Processes, train  # noqa: E402
 
 STORED, BAND = HERE / "check.json", 0.01  # nats; machines tried so far differ by less than a tenth of it
-FIXED = Config(
-    preset="tiny", steps=20, tokens_per_step=2048, row_tokens=256, micro_tokens=1024, val_every=10, layers=4, heads=2,
-    width=128, mlp_ratio=4, window=128, window_start=64, loss_chunk=700, seed=0, device="cpu", dtype="float32",
-    compile="none")
+FIXED = Config(**{
+    **PRESETS["five-minute"], "preset": "five-minute", "steps": 20, "tokens_per_step": (2048,), "row_tokens": (256,),
+    "val_row_tokens": 256, "micro_tokens": 1024, "val_every": 10, "layers": 4, "heads": 2, "width": 128,
+    "window": (127,), "loss_chunk": 700, "seed": 0, "device": "cpu", "dtype": "float32", "compile": "none"})
 
 
 def fixed_text(characters: int) -> str:
