@@ -127,9 +127,8 @@ class Config:
     unet_skips: bool = setting(False, "true|false", "feed the first half's outputs to the second half, mirrored")
     backout: tuple[int, ...] = layer_list((7,), "layer whose output is in part subtracted before the head", (0, 1))
     rms_epsilon: float = setting(2.0**-23, "-", "added to the mean square before its root")
-    softcap: float = setting(11.5, "logits", "squash logits to +-softcap, against over-confidence; 0: off")
-    softcap_range: float = setting(15.0, "logits", "logits that far out are squashed to 76 %", 1e-3)
-    softcap_shift: float = setting(5.0, "logits", "moves the middle of the squashing down: room for unlikely tokens")
+    softcap: tuple[float, ...] = setting((11.5, 15.0, 5.0), "height,range,shift", "squash logits to +-height: h "
+                                         "tanh((logit + shift) / range); height 0: off", counts=(3,))
     predicted_tokens: int = setting(3, "count", "tokens ahead that are predicted in the first stage, later fewer", 1)
     tied_until: float = setting(2 / 3, "of schedule", "embedding and head are one table till then; 0: never", 0, 1)
     attention_init: float = setting(1.0, "/ sqrt(width)", "spread of the first query, key and value weights")
@@ -173,7 +172,7 @@ FIVE_MINUTE = {
     "rotary_base": 10_000.0, "rotary_share": 1.0, "yarn": False, "key_offset": False, "attention_gates": False,
     "attention_mix": False, "value_layers": (), "value_gates": False, "value_residual": True, "bigram": 0,
     "smear": False, "residual_init": 1.0, "gated_skip": (), "unet_skips": True, "backout": (), "rms_epsilon": 2.0**-7,
-    "softcap": 30.0, "softcap_range": 30.0, "softcap_shift": 0.0, "predicted_tokens": 1, "tied_until": 0.0,
+    "softcap": (30.0, 30.0, 0.0), "predicted_tokens": 1, "tied_until": 0.0,
     "attention_init": 3**-0.5, "mlp_init": 3**-0.5, "muon_lr": 0.04, "momentum_warmup": 500 / 1875,
     "momentum_cooldown": 0.0, "orthogonaliser": "newton-schulz", "normuon_beta2": 0.0, "muon_decay": 0.0,
     "down_scale": 1.0, "split_precision": False, "adam_embedding": (0.6, 0.9, 0.95, 0.0),
@@ -298,9 +297,6 @@ def check_config(config: Config) -> None:
         refuse("gated_skip", "does not lead from a layer to a later one", ())
     if config.head_dtype == "float8" and config.loss_chunk % 16:
         refuse("loss_chunk", "is not a multiple of 16, as float8 products need it", 16 * -(-config.loss_chunk // 16))
-    turning = round(config.rotary_share * config.width / config.heads)
-    if config.rotary_share and (turning % 2 or turning != config.rotary_share * config.width / config.heads):
-        refuse("rotary_share", f"turns no whole pairs of {config.width // config.heads} channels", 1.0)
 
 
 def check_processes(config: Config, world: int) -> None:
@@ -394,7 +390,7 @@ def yarn_schedule(stage: int, config: Config) -> tuple[Tensor, float]:
     W / W', one of more than 32 turns is kept, those between are blended; the softmax grows sharper.
     """
     head_width = config.width // config.heads
-    turning = round(config.rotary_share * head_width)
+    turning = 2 * round(config.rotary_share * head_width / 2)
     frequency = config.rotary_base ** (-torch.arange(0, turning, 2, dtype=torch.float64) / max(1, turning))
     scale = config.attention_scale or head_width**-0.5
     for before in range(stage if config.yarn else 0):
@@ -668,47 +664,45 @@ def training_row(stream: TokenStream, position: int, row_tokens: int,
     return tokens, starts, position + row_tokens
 
 
-def row_positions(stream: TokenStream, config: Config, row_tokens: int, number: int) -> list[int]:
-    """Where each whole row of the stream begins, in the order of its pass `number`, which the seed decides."""
-    positions, position = [], 0
-    while position + row_tokens < stream.tokens:
-        positions.append(position)
-        position = training_row(stream, position, row_tokens, config)[-1]
-    if position > stream.tokens:  # the last one ran on over the end
-        positions.pop()
-    return np.random.default_rng((config.seed, number)).permutation(positions).tolist()
+def shuffled_rows(stream: TokenStream, config: Config, row_tokens: int, deal: int) -> list[int]:
+    """Where each whole row of the stream begins, in an order that the seed and the number of the deal decide."""
+    positions = [0]
+    while positions[-1] < stream.tokens:
+        positions.append(training_row(stream, positions[-1], row_tokens, config)[-1])
+    del positions[-2:]  # the last row begins, or runs on, beyond the end
+    return np.random.default_rng((config.seed, deal)).permutation(positions).tolist()
+
+
+def step_rows(stream: TokenStream, config: Config, first: int = 0) -> Iterator[tuple[list, int]]:
+    """Yield the rows of step `first`, read from the start of the stream, and the position after them; then those of the
+    next step, and so on. Rows follow each other. Shuffled, all rows of the stream are dealt out once, then again."""
+    position, dealt, deals, size = 0, [], 0, 0
+    for step in range(first, config.steps):
+        stage, rows = stage_of(step, config), []
+        if value_at(config.row_tokens, stage) != size:
+            dealt, size = [], value_at(config.row_tokens, stage)
+        for _ in range(value_at(config.tokens_per_step, stage) // size):
+            if config.shuffle and not dealt:
+                dealt, deals = shuffled_rows(stream, config, size, deals), deals + 1
+            rows.append(training_row(stream, dealt.pop() if dealt else position, size, config))
+            position = rows[-1][-1]
+        yield rows, position
 
 
 def step_batches(stream: TokenStream, config: Config, processes: Processes, first: int = 0) -> Iterator[Batch]:
-    """Yield this process's rows of step `first` from the start of the stream, then those of the next step, and so on;
-    in host memory. A step's rows go to the processes in order, each process having as many.
-
-    Rows follow each other through the stream. Shuffled, all rows of the stream are dealt out once, then again.
-    """
-    position, dealt, deals, size = 0, [], 0, 0
-    for step in range(first, config.steps):
-        stage, mine = stage_of(step, config), []
-        if value_at(config.row_tokens, stage) != size:
-            dealt, size = [], value_at(config.row_tokens, stage)
-        count = value_at(config.tokens_per_step, stage) // size
-        for number in range(count):
-            if config.shuffle and not dealt:
-                dealt, deals = row_positions(stream, config, size, deals)[::-1], deals + 1
-            tokens, starts, position = training_row(stream, dealt.pop() if dealt else position, size, config)
-            if number * processes.world // count == processes.rank:
-                mine.append((tokens[:-1].astype(np.int32), tokens[1:].astype(np.int64), starts[:-1]))
-        yield Batch(*(torch.from_numpy(np.stack(parts)) for parts in zip(*mine, strict=True)))
+    """Yield this process's share of each step's rows, in host memory: consecutive ones, as many as the others have."""
+    for rows, _ in step_rows(stream, config, first):
+        share = len(rows) // processes.world
+        mine = rows[processes.rank * share:(processes.rank + 1) * share]
+        tokens, starts = (torch.from_numpy(np.stack(parts)) for parts in list(zip(*mine, strict=True))[:2])
+        yield Batch(tokens[:, :-1].int(), tokens[:, 1:].long(), starts[:, :-1])
 
 
 def tokens_needed(stream: TokenStream, config: Config) -> int:
     """How far a run reads into the stream. Where documents are cut short, that is found by packing all its rows."""
-    position, drops = 0, config.long_documents == "drop"
-    for step in range(config.steps):
-        stage = stage_of(step, config)
-        size = value_at(config.row_tokens, stage)
-        for _ in range(value_at(config.tokens_per_step, stage) // size):
-            position = training_row(stream, position, size, config)[-1] if drops else position + size
-    return position + (not drops)  # the last target of all
+    if config.long_documents == "continue":
+        return tokens_until(config.steps, config) + 1  # the last target of all
+    return deque(step_rows(stream, dataclasses.replace(config, shuffle=False)), maxlen=1).pop()[1]
 
 
 def prefetched(batches: Iterator[Batch], processes: Processes) -> Iterator[Batch]:
@@ -1128,7 +1122,7 @@ class GPT(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., D) -> (..., vocabulary), capped, at least float32; the padding columns are left out."""
         raw = F.linear(hidden, self.head[:self.vocabulary].to(hidden.dtype)).to(at_least_float32(hidden.dtype))
-        return softcap(raw, cap_of(self.config))[0]
+        return softcap(raw, self.config.softcap)[0]
 
 
 def attention_masks(model: GPT, starts: Tensor, windows: tuple[int, int]) -> dict[tuple[bool, bool], list]:
@@ -1162,22 +1156,19 @@ def scaled_product(a: Tensor, b: Tensor, unit: float, dtype: torch.dtype, fast: 
     return torch._scaled_mm(a, b.mT, scale_a=one * unit, scale_b=one, out_dtype=dtype, use_fast_accum=fast)
 
 
-def cap_of(config: Config) -> tuple[float, float, float]:
-    return config.softcap, config.softcap_range, config.softcap_shift
-
-
-def softcap(raw: Tensor, cap: tuple[float, float, float]) -> tuple[Tensor, Tensor | float]:
-    """Logits c tanh((raw + shift) / range) and their slope; c = 0: as they are. With (11.5, 15, 5) this is #54's
-    23 sigmoid((raw + 5) / 7.5) less 11.5, which no softmax sees."""
-    most, extent, shift = cap
-    if not most:
+def softcap(raw: Tensor, cap: tuple[float, ...]) -> tuple[Tensor, Tensor | float]:
+    """Logits h tanh((raw + shift) / range) and their slope; h = 0: as they are. The cap keeps the model from being too
+    sure (Gemma 2, #18), the shift leaves room for unlikely tokens: (11.5, 15, 5) is #54's 23 sigmoid((raw + 5) / 7.5)
+    less 11.5, which no softmax sees."""
+    height, extent, shift = cap
+    if not height:
         return raw, 1.0
     squashed = torch.tanh((raw + shift) / extent)
-    return most * squashed, most / extent * (1 - squashed.square())
+    return height * squashed, height / extent * (1 - squashed.square())
 
 
 def loss_of_chunk(hidden: Tensor, head: Tensor, turned_head: Tensor | None, targets: Tensor, weights: list[Tensor],
-                  cap: tuple[float, float, float], with_gradient: bool):
+                  cap: tuple[float, ...], with_gradient: bool):
     """(n, D), (V, D), (n, k) -> (weighted loss, that of the next token alone); with_gradient also the gradients of the
     former, (n, D) and (V, D). A float8 head comes with its transpose (D, V), and all three products are in float8."""
     narrow, wide = hidden.dtype, at_least_float32(hidden.dtype)
@@ -1221,7 +1212,7 @@ class ChunkedLoss(torch.autograd.Function):
         hidden_slopes, head_slope = [], torch.zeros_like(head, dtype=wide) if with_gradient else None
         for chunk, wanted in zip(hidden.split(config.loss_chunk), targets.split(config.loss_chunk), strict=True):
             loss, next_loss, hidden_part, head_part = model.loss_of_chunk(
-                chunk, narrow_head, turned_head, wanted, weights, cap_of(config), with_gradient)
+                chunk, narrow_head, turned_head, wanted, weights, config.softcap, with_gradient)
             total += loss
             next_token += next_loss
             if with_gradient:

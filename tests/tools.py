@@ -14,9 +14,13 @@ import train_gpt2
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# A model that trains in tens of milliseconds per step, through the same code as the large one.
-SMALL = dict(layers=3, width=64, heads=2, row_tokens=128, tokens_per_step=1024, window=96, steps=8, val_every=4,
-             val_tokens=2000, device="cpu", dtype="float32", compile="none")
+# Models that train in tens of milliseconds per step, through the same code as the large ones: the five-minute recipe,
+# and the hundred-second one with all that it has, in eleven layers and through three stages and the extension.
+SMALL = dict(preset="five-minute", layers=3, width=64, heads=2, row_tokens=128, tokens_per_step=1024, window=95,
+             steps=8, val_every=4, val_tokens=2000, val_row_tokens=128, device="cpu", dtype="float32", compile="none")
+RECIPE = dict(preset="gpt2", width=32, heads=2, row_tokens="128,256,384", tokens_per_step="1024,2048,3072", steps=12,
+              extension=0.25, window="64,96,128,160", window_short="16,32,48,64", window_final=200, val_every=6,
+              document_tokens=90, val_tokens=2000, val_row_tokens=512, device="cpu", dtype="float32", compile="none")
 
 
 def random_documents(count: int, vocabulary: int = 257, separator: int = 256, seed: int = 0, length: int = 60):
@@ -52,10 +56,10 @@ def write_corpus(folder: Path, train=(9000, 4000, 8000), val=(1500, 1200), vocab
     return folder
 
 
-def command(folder: Path, **changes) -> list[str]:
-    """Command line for SMALL with changes, on the shards of `folder`; the runs go to folder / logs."""
+def command(folder: Path, base: dict = SMALL, **changes) -> list[str]:
+    """Command line for SMALL or RECIPE with changes, on the shards of `folder`; the runs go to folder / logs."""
     settings = {"train_files": folder / "text_train_*.bin", "val_files": folder / "text_val_*.bin",
-                "out": folder / "logs", **SMALL, **changes}
+                "out": folder / "logs", **base, **changes}
     return [f"--{name.replace('_', '-')}={str(value).lower() if isinstance(value, bool) else value}"
             for name, value in settings.items()]
 
@@ -125,17 +129,24 @@ def random_starts(rows: int, tokens: int, draw: np.random.Generator) -> torch.Te
 
 
 def dense_mask(starts: torch.Tensor, window: int) -> torch.Tensor:
-    """(R, T) -> (R, T, T) bool, [row, query, key], word for word: not later, same document, less than window away."""
+    """(R, T) -> (R, T, T) bool, [row, query, key], word for word: not later, same document, at most window away."""
     position, document = torch.arange(starts.shape[1]), starts.long().cumsum(1)
     query, key = position[:, None], position[None, :]
-    return (key <= query) & (document[:, :, None] == document[:, None, :]) & (query - key < window)
+    return (key <= query) & (document[:, :, None] == document[:, None, :]) & (query - key <= window)
 
 
-def small_model(vocabulary: int = 50, dtype: torch.dtype = torch.float64, spread: float = 0.0, **changes):
+SMALL_FIVE_MINUTE = dict(layers=4, heads=2, width=16, row_tokens=(64,), val_row_tokens=64, window=(23,), loss_chunk=50)
+SMALL_GPT2 = dict(heads=4, width=32, row_tokens=(64, 128), val_row_tokens=128, window=(24, 40, 60, 90),
+                  window_short=(8, 16, 24, 32), window_final=120, loss_chunk=50)
+
+
+def small_model(vocabulary: int = 50, dtype: torch.dtype = torch.float64, spread: float = 0.0,
+                preset: str = "five-minute", **changes):
     """A GPT with short rows. spread > 0: every parameter is drawn anew with about this spread around its first value,
     so that none is zero and the output of no part vanishes."""
-    settings = dict(layers=4, heads=2, width=16, row_tokens=64, window=24, window_start=24, loss_chunk=50)
-    model = train_gpt2.GPT(train_gpt2.Config(**{**settings, **changes}), vocabulary, dtype)
+    sizes = SMALL_FIVE_MINUTE if preset == "five-minute" else SMALL_GPT2
+    config = train_gpt2.Config(**{**train_gpt2.PRESETS[preset], "preset": preset, **sizes, **changes})
+    model = train_gpt2.GPT(config, vocabulary, dtype)
     draw = torch.Generator().manual_seed(1)
     for parameter in model.parameters() if spread else ():
         parameter.data += spread * torch.randn(parameter.shape, generator=draw, dtype=torch.float64).to(parameter.dtype)
