@@ -55,17 +55,12 @@ class Refusal(SystemExit):
     """Bad input. Carries one line: what was found, what was expected, the command that mends it. Exit status 1."""
 
 
-def setting(default, unit: str, reason: str, low: float = 0, high: float = math.inf, counts=range(1, 5)):
-    """counts: how many values a list may have. Lists "by stage" hold one for each part of the run, the last goes on."""
-    return field(default=default, metadata=dict(unit=unit, reason=reason, low=low, high=high, counts=counts))
+def setting(default, unit: str, reason: str, low: float = 0, high: float = math.inf):
+    """Lists "by stage" hold one value for each part of the run, the last goes on; other lists as many as the default."""
+    return field(default=default, metadata={"unit": unit, "reason": reason, "low": low, "high": high})
 
 
-def layer_list(default: tuple[int, ...], reason: str, counts=range(1000)):
-    return setting(default, "layers", reason, counts=counts)
-
-
-def adam_setting(rate: float, beta1: float, beta2: float, decay: float, reason: str):
-    return setting((rate, beta1, beta2, decay), "rate,beta1,beta2,decay", "Adam, " + reason, counts=(4,))
+ADAM = "rate,beta1,beta2,decay"
 
 
 @dataclass(frozen=True)
@@ -101,12 +96,12 @@ class Config:
     heads: int = setting(6, "count", "attention heads", 1)
     width: int = setting(768, "channels", "residual stream", 2)
     mlp_ratio: int = setting(4, "times width", "hidden channels of the MLP", 1)
-    window: tuple[int, ...] = setting((384, 896, 1408, 1664), "tokens, by stage", "how far back a query sees")
-    window_short: tuple[int, ...] = setting((128, 384, 640, 768), "tokens, by stage", "the same in --short-layers")
+    window: tuple[int, ...] = setting((384, 896, 1408, 1664), "tokens, by stage", "how far back a query sees", 1)
+    window_short: tuple[int, ...] = setting((128, 384, 640, 768), "tokens, by stage", "the same in --short-layers", 1)
     window_final: int = setting(2560, "tokens", "window of the last validation; 0: that of training")
-    short_layers: tuple[int, ...] = layer_list((0, 1, 2, 4, 5, 7, 8, 9), "layers with the short window")
-    paired_layers: tuple[int, ...] = layer_list((0, 2, 5, 9), "layers whose heads attend in pairs over 2 T positions")
-    attention_free: tuple[int, ...] = layer_list((6,), "layers that are an MLP only")
+    short_layers: tuple[int, ...] = setting((0, 1, 2, 4, 5, 7, 8, 9), "layers", "layers with the short window")
+    paired_layers: tuple[int, ...] = setting((0, 2, 5, 9), "layers", "layers whose heads attend in pairs over 2 T positions")
+    attention_free: tuple[int, ...] = setting((6,), "layers", "layers that are an MLP only")
     qk_norm: bool = setting(True, "true|false", "normalise queries and keys per head: attention logits stay bounded")
     attention_scale: float = setting(0.1, "-", "softmax scale in the first stage; 0: 1 / sqrt(head width)")
     rotary_base: float = setting(1024 ** (32 / 31), "-", "slowest rotary wavelength / 2 pi, about", 1)
@@ -115,7 +110,7 @@ class Config:
     key_offset: bool = setting(True, "true|false", "long-window keys: the still channels come from the token before")
     attention_gates: bool = setting(True, "true|false", "each head can close itself, seeing 12 channels")
     attention_mix: bool = setting(True, "true|false", "learned scalars on attention's input and output matrices")
-    value_layers: tuple[int, ...] = layer_list((0, 1, 8, 9, 10), "layers that add an embedding of the token to values")
+    value_layers: tuple[int, ...] = setting((0, 1, 8, 9, 10), "layers", "layers that add an embedding of the token to values")
     value_tables: int = setting(3, "count", "tables of these embeddings, taken in turn", 1)
     value_gates: bool = setting(True, "true|false", "each head weighs its value embedding, seeing 12 channels")
     value_residual: bool = setting(False, "true|false", "each layer mixes layer 0's values into its own")
@@ -123,12 +118,12 @@ class Config:
     smear: bool = setting(True, "true|false", "each token's embedding takes up some of the one before")
     x0_shortcut: bool = setting(True, "true|false", "each block mixes the embedding back into the stream")
     residual_init: float = setting(1.1, "-", "first weight of the stream in that mixture")
-    gated_skip: tuple[int, ...] = layer_list((3, 6), "a layer's output is added, gated, before a later one", (0, 2))
+    gated_skip: tuple[int, ...] = setting((3, 6), "layers", "a layer's output is added, gated, before a later one")
     unet_skips: bool = setting(False, "true|false", "feed the first half's outputs to the second half, mirrored")
-    backout: tuple[int, ...] = layer_list((7,), "layer whose output is in part subtracted before the head", (0, 1))
+    backout: tuple[int, ...] = setting((7,), "layers", "layer whose output is in part subtracted before the head")
     rms_epsilon: float = setting(2.0**-23, "-", "added to the mean square before its root")
-    softcap: tuple[float, ...] = setting((11.5, 15.0, 5.0), "height,range,shift", "squash logits to +-height: h "
-                                         "tanh((logit + shift) / range); height 0: off", counts=(3,))
+    softcap: tuple[float, ...] = setting((11.5, 15.0, 5.0), "height,range,shift",
+                                         "logits become height x tanh((logit + shift) / range); height 0: off")
     predicted_tokens: int = setting(3, "count", "tokens ahead that are predicted in the first stage, later fewer", 1)
     tied_until: float = setting(2 / 3, "of schedule", "embedding and head are one table till then; 0: never", 0, 1)
     attention_init: float = setting(1.0, "/ sqrt(width)", "spread of the first query, key and value weights")
@@ -144,12 +139,12 @@ class Config:
     muon_decay: float = setting(1.2, "-", "cautious weight decay, times the rate twice; 0: none")
     down_scale: float = setting(4.0, "-", "factor on the step of the MLP's down matrices")
     split_precision: bool = setting(True, "true|false", "bfloat16 matrices, their 16 low bits beside the optimizer")
-    adam_embedding: tuple[float, ...] = adam_setting(0.008, 0.5, 0.95, 0.75, "token embedding once it is untied")
-    adam_head: tuple[float, ...] = adam_setting(0.008, 0.5, 0.95, 0.75, "output head, and embedding while tied")
-    adam_tables: tuple[float, ...] = adam_setting(0.6, 0.75, 0.95, 0.025, "value embeddings and bigram table")
-    adam_gates: tuple[float, ...] = adam_setting(0.008, 0.9, 0.99, 0.005, "gates")
-    adam_x0: tuple[float, ...] = adam_setting(0.04, 0.65, 0.95, 0.0, "weights of the embedding in the stream")
-    adam_scalars: tuple[float, ...] = adam_setting(0.04, 0.9, 0.99, 0.0, "the other mixing weights")
+    adam_embedding: tuple[float, ...] = setting((0.008, 0.5, 0.95, 0.75), ADAM, "Adam, token embedding once it is untied")
+    adam_head: tuple[float, ...] = setting((0.008, 0.5, 0.95, 0.75), ADAM, "Adam, output head, and embedding while tied")
+    adam_tables: tuple[float, ...] = setting((0.6, 0.75, 0.95, 0.025), ADAM, "Adam, value embeddings and bigram table")
+    adam_gates: tuple[float, ...] = setting((0.008, 0.9, 0.99, 0.005), ADAM, "Adam, gates")
+    adam_x0: tuple[float, ...] = setting((0.04, 0.65, 0.95, 0.0), ADAM, "Adam, weights of the embedding in the stream")
+    adam_scalars: tuple[float, ...] = setting((0.04, 0.9, 0.99, 0.0), ADAM, "Adam, the other mixing weights")
     adam_epsilon: float = setting(1e-10 / 16_384, "-", "added to the root of the bias-corrected squares")
     adam_every: int = setting(2, "steps", "Adam updates once in so many steps, with their summed gradients", 1)
     cooldown: float = setting(0.55, "of schedule", "last part, rates linear to their floor; 0: none", 0, 1)
@@ -248,16 +243,17 @@ def parse_value(flag: str, text: str, option: dataclasses.Field):
         return text == "true" if option.type is bool else text
     if option.type is str:
         return text
-    low, high, counts = (option.metadata[key] for key in ("low", "high", "counts"))
+    low, high = option.metadata["low"], option.metadata["high"]
     is_list = get_origin(option.type) is tuple
     kind = get_args(option.type)[0] if is_list else option.type
-    parts = ([] if text == "none" else text.split(",")) if is_list else [text]
+    counts = (range(1, 5) if option.metadata["unit"].endswith("by stage") else range(1000)
+              if option.metadata["unit"] == "layers" else [len(option.default)]) if is_list else [1]
     try:
-        values = tuple(kind(part) for part in parts)
-        valid = all(low <= value <= high and math.isfinite(value) for value in values)
+        values = tuple(map(kind, text.split(",") if not is_list or text != "none" else ()))
+        valid = len(values) in counts and all(low <= value <= high and math.isfinite(value) for value in values)
     except (ValueError, OverflowError):
         valid = False
-    if not valid or (is_list and len(values) not in counts):
+    if not valid:
         what = {int: "whole number", float: "number"}[kind]
         bounds = f"from {low} to {high}" if high < math.inf else f"of at least {low}"
         what = f"a list of {what}s {bounds}, joined by commas" if is_list else f"a {what} {bounds}"
@@ -271,32 +267,34 @@ def check_config(config: Config) -> None:
         raise Refusal(f"{spelled_flag(name)} {spelled(getattr(config, name))} {problem}; "
                       f"the nearest is {spelled_flag(name)} {spelled(better)}")
 
-    def must_divide(name: str, units: list[int], what: str) -> None:
+    divisible = {"row_tokens": ((MASK_BLOCK,), "mask blocks"), "val_row_tokens": ((MASK_BLOCK,), "mask blocks"),
+                 "tokens_per_step": (config.row_tokens, "rows"), "width": ((2 * config.heads,), "pairs for each head")}
+    for name, (units, what) in divisible.items():
         value = getattr(config, name)
         values = value if isinstance(value, tuple) else (value,)
-        stages = range(max(len(values), len(units))) if isinstance(value, tuple) else range(1)
-        pairs = [(value_at(values, stage), value_at(units, stage)) for stage in stages]
+        pairs = [(value_at(values, i), value_at(units, i)) for i in range(max(len(values), len(units)))]
         if any(number % unit for number, unit in pairs):
             better = tuple(max(1, round(number / unit)) * unit for number, unit in pairs)
             refuse(name, f"is not a whole number of {what} ({spelled(tuple(units))})",
                    better if isinstance(value, tuple) else better[0])
-
-    must_divide("row_tokens", [MASK_BLOCK], "mask blocks")
-    must_divide("val_row_tokens", [MASK_BLOCK], "mask blocks")
-    must_divide("tokens_per_step", list(config.row_tokens), "rows")
-    must_divide("width", [2 * config.heads], f"pairs of channels for each of --heads {config.heads}")
+    for f in fields(Config):
+        value = getattr(config, f.name)
+        if f.metadata["unit"] == "layers" and any(layer >= config.layers for layer in value):
+            within = tuple(layer for layer in value if layer < config.layers)
+            refuse(f.name, f"names layers beyond the last of --layers {config.layers}, which is {config.layers - 1}",
+                   () if f.name == "gated_skip" else within)
+        if f.metadata["unit"] == ADAM and max(value[1:3]) >= 1:
+            refuse(f.name, "has a beta of 1 or more", f.default)
+    if config.gated_skip and (len(config.gated_skip) != 2 or config.gated_skip[0] >= config.gated_skip[1]):
+        refuse("gated_skip", "does not lead from one layer to a later one", ())
+    if config.gated_skip and config.unet_skips:
+        refuse("gated_skip", "does not go with --unet-skips true", ())
+    if len(config.backout) > 1:
+        refuse("backout", "is more than one layer", config.backout[:1])
+    if config.softcap[0] and not config.softcap[1]:
+        refuse("softcap", "has a range of 0", Config.softcap)
     if config.paired_layers and config.heads % 2:
         refuse("heads", "cannot be paired (--paired-layers none does without)", config.heads + 1)
-    for f in fields(Config):
-        layers = getattr(config, f.name)
-        if f.metadata["unit"] == "layers" and any(layer >= config.layers for layer in layers):
-            within = tuple(layer for layer in layers if layer < config.layers)
-            refuse(f.name, f"names layers beyond the last of --layers {config.layers}, which is {config.layers - 1}",
-                   within if len(within) in f.metadata["counts"] else ())
-    if config.gated_skip and config.gated_skip[0] >= config.gated_skip[1]:
-        refuse("gated_skip", "does not lead from a layer to a later one", ())
-    if config.head_dtype == "float8" and config.loss_chunk % 16:
-        refuse("loss_chunk", "is not a multiple of 16, as float8 products need it", 16 * -(-config.loss_chunk // 16))
 
 
 def check_processes(config: Config, world: int) -> None:
@@ -417,14 +415,10 @@ class Processes(NamedTuple):
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
-    def event(self) -> torch.cuda.Event | None:
-        """A mark behind what the device has been given so far; None on a CPU, which has done it already."""
-        return torch.cuda.current_stream().record_event() if self.device.type == "cuda" else None
-
     def barrier(self) -> None:
+        """Wait until every process has come here."""
         if self.world > 1:
             dist.barrier()
-            self.synchronize()
 
 
 def start_processes(config: Config) -> Processes:
@@ -483,12 +477,13 @@ def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
 
 
 def float8_head(config: Config, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether the head's products are taken in float8 while training. Raises Refusal where only float32 is asked for."""
-    if config.head_dtype == "float8" and dtype != torch.bfloat16:
-        raise Refusal(f"--head-dtype float8 goes with bfloat16 activations, found {str(dtype)[6:]}; give "
-                      "--dtype bfloat16, or --head-dtype wide")
+    """Whether the head's products are taken in float8 while training. Raises Refusal where that is asked for in vain."""
+    fits = dtype == torch.bfloat16 and config.width % 16 == config.loss_chunk % 16 == 0
+    if config.head_dtype == "float8" and not fits:
+        raise Refusal("--head-dtype float8 takes --dtype bfloat16, and --width and --loss-chunk in multiples of 16, found "
+                      f"{str(dtype)[6:]}, {config.width} and {config.loss_chunk}; mend that, or give --head-dtype wide")
     has_it = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
-    return config.head_dtype == "float8" or (config.head_dtype == "auto" and has_it and dtype == torch.bfloat16)
+    return config.head_dtype == "float8" or (config.head_dtype == "auto" and has_it and fits)
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
@@ -513,35 +508,35 @@ class Shard(NamedTuple):
     separator: int
 
 
-def write_again(path: str | Path) -> str:
-    """What mends a damaged shard."""
-    return f"fetch or write it again: rm {path} && {shard_command(path)}"
+def damaged(path: str | Path, problem: str) -> Refusal:
+    return Refusal(f"{path} {problem}; fetch or write it again: rm {path} && {shard_command(path)}")
 
 
 def open_shard(path: str | Path) -> Shard:
     """Check the header against the file. Raises Refusal naming the file and what is wrong with it."""
-    mend = write_again(path)
     try:
-        size = os.path.getsize(path)
-        header = np.fromfile(path, "<i4", HEADER_WORDS)
+        size, header = os.path.getsize(path), np.fromfile(path, "<i4", HEADER_WORDS)
     except OSError as error:
-        raise Refusal(f"cannot read shard {path}: {error.strerror}; {mend}") from None
+        raise damaged(path, f"cannot be read as a shard: {error.strerror}") from None
     if len(header) < HEADER_WORDS:
-        raise Refusal(f"{path} has {size} bytes, less than a shard's header of {4 * HEADER_WORDS}; {mend}")
+        raise damaged(path, f"has {size} bytes, less than a shard's header of {4 * HEADER_WORDS}")
     magic, version, count, vocabulary, separator = (int(word) for word in header[:5])
+    if magic != SHARD_MAGIC and not str(path).endswith(".bin"):
+        raise Refusal(f"{path} is no token shard: its first word is {magic}, expected {SHARD_MAGIC}; make shards of "
+                      f"text: python data/text.py {path} --out FOLDER")
     if magic != SHARD_MAGIC:
-        mend = mend if str(path).endswith(".bin") else f"make shards of text: python data/text.py {path} --out FOLDER"
-        raise Refusal(f"{path} is no token shard: its first word is {magic}, expected {SHARD_MAGIC}; {mend}")
+        raise damaged(path, f"is no token shard: its first word is {magic}, expected {SHARD_MAGIC}")
     if version != SHARD_VERSION:
-        raise Refusal(f"{path} has shard version {version}, expected {SHARD_VERSION}; {mend}")
-    if count <= 0 or size != 4 * HEADER_WORDS + 2 * count:
-        raise Refusal(f"{path} promises {count} tokens but holds {(size - 4 * HEADER_WORDS) // 2}: "
-                      f"{'truncated' if size < 4 * HEADER_WORDS + 2 * count else 'damaged'}; {mend}")
+        raise damaged(path, f"has shard version {version}, expected {SHARD_VERSION}")
+    expected = 4 * HEADER_WORDS + 2 * count
+    if count <= 0 or size != expected:
+        raise damaged(path, f"promises {count} tokens but holds {(size - 4 * HEADER_WORDS) // 2}: "
+                            f"{'truncated' if size < expected else 'damaged'}")
     vocabulary = vocabulary or GPT2_VOCABULARY
     separator = separator or (GPT2_SEPARATOR if vocabulary > GPT2_SEPARATOR else 0)
     if not 0 < vocabulary <= 65_536 or not 0 <= separator < vocabulary:
-        raise Refusal(f"{path} states a vocabulary of {vocabulary} with separator {separator}, expected at most 65536 "
-                      f"and a separator within it; {mend}")
+        raise damaged(path, f"states a vocabulary of {vocabulary} with separator {separator}, expected at most 65536 and "
+                            "a separator within it")
     return Shard(str(path), count, vocabulary, separator)
 
 
@@ -558,15 +553,12 @@ def read_tokens(shard: Shard, start: int, count: int) -> np.ndarray:
     try:
         tokens = np.fromfile(shard.path, "<u2", count, offset=4 * HEADER_WORDS + 2 * start)
     except OSError as error:
-        raise Refusal(f"shard {shard.path} can no longer be read: {error.strerror}; "
-                      f"{write_again(shard.path)}") from None
+        raise damaged(shard.path, f"can no longer be read: {error.strerror}") from None
     if len(tokens) < count:
-        raise Refusal(f"shard {shard.path} ends at token {start + len(tokens)} of {shard.tokens}: it was cut after the "
-                      f"start; {write_again(shard.path)}")
+        raise damaged(shard.path, f"ends at token {start + len(tokens)} of {shard.tokens}: it was cut after the start")
     if count and int(tokens.max()) >= shard.vocabulary:
-        at = start + int(tokens.argmax())
-        raise Refusal(f"shard {shard.path} holds token {tokens.max()} at position {at}, beyond its vocabulary of "
-                      f"{shard.vocabulary}; {write_again(shard.path)}")
+        raise damaged(shard.path, f"holds token {tokens.max()} at position {start + int(tokens.argmax())}, beyond its "
+                                  f"vocabulary of {shard.vocabulary}")
     return tokens
 
 
@@ -659,7 +651,7 @@ def training_row(stream: TokenStream, position: int, row_tokens: int,
         starts[np.cumsum([0, *map(len, pieces[:-1])])] = True
         return np.concatenate(pieces), starts, end
     tokens, starts = stream.read(position, count)
-    starts[0], place = True, np.arange(count)
+    place = np.arange(count)
     starts |= (place - np.maximum.accumulate(place * starts)) % most == 0
     return tokens, starts, position + row_tokens
 
@@ -669,7 +661,8 @@ def shuffled_rows(stream: TokenStream, config: Config, row_tokens: int, deal: in
     positions = [0]
     while positions[-1] < stream.tokens:
         positions.append(training_row(stream, positions[-1], row_tokens, config)[-1])
-    del positions[-2:]  # the last row begins, or runs on, beyond the end
+    ends_whole = config.long_documents == "drop" and positions[-1] == stream.tokens
+    del positions[-1 if ends_whole else -2:]  # the last row begins, or runs on, beyond the end
     return np.random.default_rng((config.seed, deal)).permutation(positions).tolist()
 
 
@@ -816,7 +809,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask | list[Spa
 # ----------------------------------------------------------------------------------------------------------------------
 # Model. In: a batch of rows and their masks. Out: the last hidden state (R, T, D), from which the loss takes the logits.
 
-GATE_CHANNELS = 12  # of the stream or of its norm, that a gate looks at
+GATE_CHANNELS = 12  # of the stream or of its norm, that a gate looks at (all, where there are fewer)
 
 
 def rms_norm(x: Tensor, epsilon: float) -> Tensor:
@@ -827,8 +820,7 @@ def rms_norm(x: Tensor, epsilon: float) -> Tensor:
 
 def gate(x: Tensor, weight: Tensor) -> Tensor:
     """(..., D) and (gates, 12) or (12,) -> (..., gates) or (...,), each in (0, 1): weights of zero give 1/2 (#28)."""
-    return torch.sigmoid(x[..., :GATE_CHANNELS] @ weight.mT.to(x.dtype) if weight.dim() > 1 else
-                         x[..., :GATE_CHANNELS] @ weight.to(x.dtype))
+    return torch.sigmoid(x[..., :weight.shape[-1]] @ weight.to(x.dtype).movedim(-1, 0))
 
 
 def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
@@ -865,33 +857,24 @@ def bigram_rows(tokens: Tensor, alone: Tensor, rows: int) -> Tensor:
 
 
 class Layer(NamedTuple):
-    """What one layer has; `short`, `paired`: which mask its attention takes; `table`: its value embedding."""
+    """What one layer has; `short`, `paired`: which mask its attention takes; `table`: its value embedding; `mixes`:
+    layer 0's values into its own."""
 
     attends: bool
     short: bool
     paired: bool
     offset: bool
     table: int | None
+    mixes: bool
 
 
 def layer_plan(config: Config) -> list[Layer]:
     """The layers in order. Value tables are dealt in turn: with three, layers 0, 1, 8, 9, 10 take 0, 1, 2, 0, 1."""
     tables = {layer: place % config.value_tables for place, layer in enumerate(sorted(config.value_layers))}
     return [Layer(i not in config.attention_free, i in config.short_layers, i in config.paired_layers,
-                  config.key_offset and i not in config.short_layers, tables.get(i)) for i in range(config.layers)]
-
-
-class Mix(NamedTuple):
-    """The learned weights of one layer beside its matrices: scalars and gates; None where the technique is off."""
-
-    stream: Tensor | None
-    x0: Tensor | None
-    bigram: Tensor | None
-    into: Tensor | None
-    out: Tensor | None
-    value: Tensor | None
-    heads: Tensor | None  # (H, 12)
-    embedded: Tensor | None  # (H, 12)
+                  config.key_offset and i not in config.short_layers + config.paired_layers, tables.get(i),
+                  config.value_residual and i > 0)
+            for i in range(config.layers)]
 
 
 class Shared(NamedTuple):
@@ -907,54 +890,67 @@ class Shared(NamedTuple):
 
 
 class Block(nn.Module):
-    """Attention and MLP, each added to the stream. Holds no layer number, so that layers share compiled graphs."""
+    """Attention and MLP, each added to the stream. Holds no layer number, so that layers share compiled graphs. The
+    weights of a technique that is off are None."""
 
     def __init__(self, config: Config, layer: Layer, dtype: torch.dtype):
         super().__init__()
         self.heads, self.qk_norm, self.epsilon = config.heads, config.qk_norm, config.rms_epsilon
         self.attends, self.paired, self.offset = layer.attends, layer.paired, layer.offset
-        width, hidden = config.width, config.mlp_ratio * config.width
-        if layer.attends:
-            self.attention = nn.Parameter(torch.zeros(4, width, width, dtype=dtype))  # query, key, value, output
-        self.mlp = nn.Parameter(torch.zeros(2, hidden, width, dtype=dtype))  # up, down transposed
+        width, hidden, wide = config.width, config.mlp_ratio * config.width, at_least_float32(dtype)
 
-    def forward(self, x: Tensor, mix: Mix, shared: Shared, mask, skip: Tensor | None, first_value: Tensor | None,
+        def weight(*shape: int, first: float = 0.0, dtype=wide, used: bool = True) -> nn.Parameter | None:
+            return nn.Parameter(torch.full(shape, first, dtype=dtype)) if used else None
+
+        matrix = dtype if config.split_precision else wide
+        self.attention = weight(4, width, width, dtype=matrix, used=layer.attends)  # query, key, value, output
+        self.mlp = weight(2, hidden, width, dtype=matrix)  # up, down transposed
+        self.residual = weight(first=config.residual_init, used=config.x0_shortcut)
+        self.x0 = weight(used=config.x0_shortcut)
+        self.bigram = weight(first=0.1, used=config.bigram > 0)
+        self.into = weight(first=0.5, used=layer.attends and config.attention_mix)
+        self.out = weight(first=1.0, used=layer.attends and config.attention_mix)
+        self.value_mix = weight(first=0.5, used=layer.mixes)
+        self.attention_gate = weight(config.heads, min(GATE_CHANNELS, width), used=layer.attends and config.attention_gates)
+        self.value_gate = weight(config.heads, min(GATE_CHANNELS, width), used=layer.table is not None and config.value_gates)
+
+    def forward(self, x: Tensor, shared: Shared, mask, skip: Tensor | None, first_value: Tensor | None,
                 embedded: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The stream, what skips to here, and the value embeddings (R, T, D); layer 0's values (R, T, H, K), which that
         layer itself returns beside the new stream."""
         value = None
         if skip is not None:
             x = x + skip
-        if mix.stream is not None:
-            x = mix.stream * x + mix.x0 * shared.x0
-        if mix.bigram is not None:
-            x = x + mix.bigram * shared.bigram
+        if self.residual is not None:
+            x = self.residual * x + self.x0 * shared.x0
+        if self.bigram is not None:
+            x = x + self.bigram * shared.bigram
         if self.attends:
-            attended, value = self.attend(rms_norm(x, self.epsilon), mix, shared, mask, first_value, embedded)
+            attended, value = self.attend(rms_norm(x, self.epsilon), shared, mask, first_value, embedded)
             x = x + attended
         up, down = self.mlp.to(x.dtype).unbind(0)
         hidden = F.linear(rms_norm(x, self.epsilon), up).relu().square()  # ReLU^2 (Primer): sparse and cheap
         return x + hidden @ down, value if first_value is None else None
 
-    def attend(self, x: Tensor, mix: Mix, shared: Shared, mask, first_value, embedded) -> tuple[Tensor, Tensor]:
+    def attend(self, x: Tensor, shared: Shared, mask, first_value, embedded) -> tuple[Tensor, Tensor]:
+        """What attention adds to the stream, and this layer's own values."""
         rows, tokens, width = x.shape
         into, out = self.attention.to(x.dtype).split((3, 1))
-        if mix.into is not None:  # on the weights, where it costs least (#47, #48)
-            into, out = mix.into * into, mix.out * out
+        if self.into is not None:  # on the weights, where it costs least (#47, #48)
+            into, out = self.into * into, self.out * out
         heads = F.linear(x, into.flatten(0, 1)).view(rows, tokens, 3 * self.heads, -1)
         query, key, own = heads.chunk(3, dim=2)  # (R, T, H, K)
         if self.qk_norm:
             query, key = rms_norm(query, self.epsilon), rms_norm(key, self.epsilon)
+        turns = shared.cosine[:tokens, None], shared.sine[:tokens, None]
         if self.paired:  # head h of token t turns as position 2 t + h mod 2
             turns = [table[:2 * tokens].view(tokens, 2, -1).repeat(1, self.heads // 2, 1)
                      for table in (shared.cosine, shared.sine)]
-        else:
-            turns = shared.cosine[:tokens, None], shared.sine[:tokens, None]
         query, key, value = rotate(query, *turns) * shared.scale, rotate(key, *turns), own
-        if mix.value is not None:
-            value = torch.lerp(value, first_value, mix.value.to(value.dtype))
+        if first_value is not None:
+            value = torch.lerp(value, first_value, self.value_mix.to(value.dtype))
         if embedded is not None:
-            share = 2 * gate(x, mix.embedded)[..., None] if mix.embedded is not None else 1
+            share = 2 * gate(x, self.value_gate)[..., None] if self.value_gate is not None else 1  # #55
             value = value + share * embedded.view(value.shape)
         if self.offset:
             key = offset_keys(key, 2 * shared.cosine.shape[-1], shared.alone)
@@ -962,8 +958,8 @@ class Block(nn.Module):
             query, key, value = (x.reshape(rows, 2 * tokens, self.heads // 2, -1) for x in (query, key, value))
         seen = attend(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), mask)
         seen = seen.transpose(1, 2).reshape(rows, tokens, self.heads, -1)
-        if mix.heads is not None:
-            seen = seen * gate(x, mix.heads)[..., None]
+        if self.attention_gate is not None:
+            seen = seen * gate(x, self.attention_gate)[..., None]
         return F.linear(seen.flatten(2), out[0]), own
 
 
@@ -984,7 +980,7 @@ class GPT(nn.Module):
         self.compiled, self.run_block, self.loss_of_chunk = False, run_block, loss_of_chunk
         self.float8, self.stage, self.tied = False, -1, last_tied_step(config) >= 0
         padded = -(-vocabulary // 64) * 64  # matrix units like round sizes; the extra columns are never targets
-        wide, width, layers = at_least_float32(dtype), config.width, config.layers
+        wide, width = at_least_float32(dtype), config.width
         draw = torch.Generator().manual_seed(config.seed)
         table = torch.randn(padded, width, generator=draw)
         if self.tied:  # as a head it starts small (#51)
@@ -992,50 +988,37 @@ class GPT(nn.Module):
         else:
             self.embedding = nn.Parameter(table.to(dtype))
             self.head = nn.Parameter(torch.zeros(padded, width, dtype=wide))
-        self.blocks = nn.ModuleList(Block(config, layer, dtype if config.split_precision else wide)
-                                    for layer in self.plan)
+        self.blocks = nn.ModuleList(Block(config, layer, dtype) for layer in self.plan)
         for block in self.blocks:  # what adds to the stream starts at zero
             drawn = [(block.attention[:3], config.attention_init)] if block.attends else []
             for weight, spread in [*drawn, (block.mlp[0], config.mlp_init)]:
                 bound = spread * (3 / width) ** 0.5
                 weight.data.copy_(torch.empty(weight.shape).uniform_(-bound, bound, generator=draw))
 
-        def scalars(*values: float | list[float]) -> nn.Parameter:
-            return nn.Parameter(torch.tensor(*values, dtype=wide))
-
         def zeros(*shape: int, dtype=wide) -> nn.Parameter:
             return nn.Parameter(torch.zeros(shape, dtype=dtype))
 
-        attending, valued = (sum(flags) for flags in zip(*((p.attends, p.table is not None) for p in self.plan)))
-        self.mirrored = layers // 2 if config.unet_skips else 0  # layers whose output a later one receives
-        if config.x0_shortcut:
-            self.residual_mix, self.x0_mix = scalars([config.residual_init] * layers), zeros(layers)
-        if config.attention_mix:
-            self.attention_mix = scalars([[0.5, 1.0]] * layers)
-        if config.value_residual:
-            self.value_mix = scalars([0.5] * layers)
-        if self.mirrored:
-            self.skip_mix = scalars([1.0] * self.mirrored)
-        if config.attention_gates:
-            self.attention_gates = zeros(attending, config.heads, GATE_CHANNELS)
-        if valued:
-            count = min(config.value_tables, valued)
-            self.value_tables = nn.ParameterList(zeros(padded, width, dtype=dtype) for _ in range(count))
-            if config.value_gates:
-                self.value_gates = zeros(valued, config.heads, GATE_CHANNELS)
+        tables = min(config.value_tables, len(set(config.value_layers)))
+        self.value_tables = nn.ParameterList(zeros(padded, width, dtype=dtype) for _ in range(tables))
         if config.bigram:
             self.bigram_table = zeros(config.bigram * padded, width, dtype=dtype)
-            self.bigram_mix = scalars([0.1] * layers)
         if config.smear:
-            self.smear_mix, self.smear_gate = zeros(), zeros(GATE_CHANNELS)
+            self.smear_mix, self.smear_gate = zeros(), zeros(min(GATE_CHANNELS, width))
+        # The layers that receive the output of an earlier one: the second half that of the first, mirrored (U-net,
+        # #11), or one of them through a gate (#45, #55).
+        self.skips = {config.layers - 1 - i: i for i in range(config.layers // 2)} if config.unet_skips else {}
+        if self.skips:
+            self.skip_mix = nn.Parameter(torch.ones(len(self.skips), dtype=wide))
         if config.gated_skip:
-            self.gated_skip_mix, self.skip_gate = scalars(-1.5), zeros(GATE_CHANNELS)
+            self.skips = {config.gated_skip[1]: config.gated_skip[0]}
+            self.skip_mix = nn.Parameter(torch.full((1,), -1.5, dtype=wide))
+            self.skip_gate = zeros(min(GATE_CHANNELS, width))
         if config.backout:
-            self.backout_mix = scalars(0.5)
+            self.backout_mix = nn.Parameter(torch.tensor(0.5, dtype=wide))
         positions = max(*config.row_tokens, config.val_row_tokens) * (2 if config.paired_layers else 1)
-        frequencies, _ = yarn_schedule(0, config)
         for name in ("cosine", "sine"):
-            self.register_buffer(name, torch.empty(positions, len(frequencies), dtype=dtype), persistent=False)
+            table = torch.empty(positions, len(yarn_schedule(0, config)[0]), dtype=dtype)
+            self.register_buffer(name, table, persistent=False)
         self.register_buffer("scale", torch.empty((), dtype=wide), persistent=False)
         self.enter_stage(0)
 
@@ -1058,23 +1041,6 @@ class GPT(nn.Module):
         self.run_block = torch.compile(run_block, dynamic=False, fullgraph=True)
         self.loss_of_chunk = torch.compile(loss_of_chunk, dynamic=False, fullgraph=True)
 
-    def mixes(self) -> list[Mix]:
-        """The learned weights of each layer. Layer 0 mixes no values: they are its own."""
-        off = [None] * self.config.layers
-
-        def each(name: str) -> list:
-            return off if (weights := getattr(self, name, None)) is None else list(weights.unbind())
-
-        def dealt(name: str, has) -> list:
-            gates = iter(each(name))
-            return [next(gates) if has(layer) else None for layer in self.plan]
-
-        into, out = zip(*((None, None) if pair is None else pair.unbind() for pair in each("attention_mix")))
-        columns = (each("residual_mix"), each("x0_mix"), each("bigram_mix"), into, out, [None, *each("value_mix")[1:]],
-                   dealt("attention_gates", lambda layer: layer.attends),
-                   dealt("value_gates", lambda layer: layer.table is not None))
-        return [Mix(*weights) for weights in zip(*columns, strict=True)]
-
     def forward(self, inputs: Tensor, starts: Tensor, masks: dict) -> Tensor:
         """(R, T) int32, (R, T) bool and `attention_masks` of these rows -> (R, T, D), normalised, ready for the head."""
         config, epsilon = self.config, self.config.rms_epsilon
@@ -1087,18 +1053,16 @@ class GPT(nn.Module):
             bigram = F.embedding(bigram_rows(inputs, alone, len(self.bigram_table)), self.bigram_table)
         x = x0 = rms_norm(embedded, epsilon)
         shared = Shared(x0, bigram, alone, self.cosine, self.sine, self.scale)
-        outputs, first_value = {}, None
-        kept = {*range(self.mirrored), *config.gated_skip[:1], *config.backout}
-        for i, (block, layer, mix) in enumerate(zip(self.blocks, self.plan, self.mixes(), strict=True)):
+        outputs, first_value, kept = {}, None, {*self.skips.values(), *config.backout}
+        for i, (block, layer) in enumerate(zip(self.blocks, self.plan, strict=True)):
             skip, values = None, None
-            if self.mirrored and i >= config.layers - self.mirrored:
-                skip = self.skip_mix[i - config.layers + self.mirrored] * outputs[config.layers - 1 - i]
-            if config.gated_skip and i == config.gated_skip[1]:
-                share = torch.sigmoid(self.gated_skip_mix) * 2 * gate(x0, self.skip_gate)[..., None]
-                skip = share.to(x.dtype) * outputs[config.gated_skip[0]]
+            if i in self.skips:
+                share = self.skip_mix[i - config.layers] if config.unet_skips else (
+                    self.skip_mix.sigmoid() * 2 * gate(x0, self.skip_gate)).to(x.dtype)[..., None]
+                skip = share * outputs[self.skips[i]]
             if layer.table is not None:
                 values = F.embedding(inputs, self.value_tables[layer.table])
-            arguments = (block, x, mix, shared, masks.get((layer.short, layer.paired)), skip, first_value, values)
+            arguments = (block, x, shared, masks.get((layer.short, layer.paired)), skip, first_value, values)
             if config.recompute and torch.is_grad_enabled():
                 x, value = recomputed(self.run_block, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:
@@ -1111,7 +1075,7 @@ class GPT(nn.Module):
             x = x - self.backout_mix * outputs[source]
         return rms_norm(x, epsilon)
 
-    def loss(self, batch: Batch, masks: dict, weights: list[float] = (1.0,)) -> tuple[Tensor, Tensor]:
+    def loss(self, batch: Batch, masks: dict, weights: tuple[float, ...] | list[float] = (1.0,)) -> tuple[Tensor, Tensor]:
         """Sums, not means, of cross-entropies in nats, 0-dimensional, at least float32: of the next `len(weights)`
         tokens of every token, weighted, for training; of the next token alone, without a gradient, to report."""
         hidden, ahead = self(batch.inputs, batch.starts, masks).flatten(0, 1), range(len(weights))
@@ -1278,7 +1242,7 @@ class Group:
     def spread(self, values: list, lengths: list[int]) -> Tensor:
         """One value (or tuple of them) for each parameter -> this process's slice of one for each item."""
         each = torch.tensor(values, dtype=at_least_float32(self.shard.dtype)).repeat_interleave(torch.tensor(lengths), 0)
-        padding = each.new_ones(len(self.weights) - len(each), *each.shape[1:])
+        padding = each.new_zeros(len(self.weights) - len(each), *each.shape[1:])
         return torch.cat((each, padding))[self.mine].to(self.shard.device)
 
     def compile_update(self) -> None:
@@ -1445,18 +1409,20 @@ class Adam(Group):
 def optimizer_groups(model: GPT, config: Config, dtype: torch.dtype, processes: Processes) -> dict[str, Group]:
     """Every parameter in exactly one group, in the order in which backward completes them."""
     rate, *betas, _ = config.adam_gates
-    gates = {"attention_gates": config.adam_gates, "value_gates": config.adam_gates, "x0_mix": config.adam_x0,
-             "smear_gate": (0.01 * rate, *betas, 0.0), "skip_gate": (0.05 * rate, *betas, 0.0)}
-    small = {name: p for name, p in model.named_parameters(recurse=False) if name.endswith(("_mix", "_gate", "_gates"))}
+    settings = {"attention_gate": config.adam_gates, "value_gate": config.adam_gates, "x0": config.adam_x0,
+                "smear_gate": (0.01 * rate, *betas, 0.0), "skip_gate": (0.05 * rate, *betas, 0.0)}
+    large = ("head", "embedding", "mlp", "attention", "bigram_table")
+    small = {name: p for name, p in model.named_parameters()
+             if name.split(".")[-1] not in large and not name.startswith("value_tables.")}
     attention = [block.attention for block in model.blocks if block.attends]
     up_scale = max(1, config.mlp_ratio) ** 0.5  # Muon's sqrt(max(1, outputs / inputs))
     groups = [Adam("head", [model.head], 1, [config.adam_head], config, processes),
-              Muon("mlp", [block.mlp for block in model.blocks], [up_scale, config.down_scale], config, dtype, processes)]
+              Muon("mlp", [b.mlp for b in model.blocks], [up_scale, config.down_scale], config, dtype, processes)]
     if attention:
         groups.append(Muon("attention", attention, [1.0] * 4, config, dtype, processes))
     if small:
-        settings = [gates.get(name, config.adam_scalars) for name in small]
-        groups.append(Adam("small", list(small.values()), 0, settings, config, processes))
+        each = [settings.get(name.split(".")[-1], config.adam_scalars) for name in small]
+        groups.append(Adam("small", list(small.values()), 0, each, config, processes))
     if config.value_layers:
         tables = list(model.value_tables)
         groups.append(Adam("values", tables, 1, [config.adam_tables] * len(tables), config, processes))
@@ -1491,14 +1457,14 @@ def apply_updates(groups: list[Group], step: int) -> None:
 
 def parameter_table(groups: dict[str, Group]) -> str:
     """What is trained, by which optimizer, at which rate (where a group has several, the highest)."""
-    lines = [f"{'group':10} {'tensors':>7} {'shape':>16} {'dtype':>9} {'parameters':>12} {'optimizer':>9} {'rate':>8}"]
+    rows = [("group", "tensors", "shape", "dtype", "parameters", "optimizer", "rate")]
     for group in groups.values():
-        numbers = sum(p.numel() for p in group.parameters)
-        shape = " x ".join(map(str, group.weights.shape[1:])) or "-"
-        lines.append(f"{group.name:10} {len(group.parameters):7} {shape:>16} {str(group.weights.dtype)[6:]:>9} "
-                     f"{numbers:12,} {type(group).__name__:>9} {group.learning_rate:8g}")
+        count, shape = sum(p.numel() for p in group.parameters), " x ".join(map(str, group.weights.shape[1:])) or "-"
+        rows.append((group.name, len(group.parameters), shape, str(group.weights.dtype)[6:], f"{count:,}",
+                     type(group).__name__, f"{group.learning_rate:g}"))
     total = sum(p.numel() for group in groups.values() for p in group.parameters)
-    return "\n".join([*lines, f"{'total':10} {total:57,}"])
+    return "\n".join("{:10} {:>7} {:>16} {:>9} {:>12} {:>9} {:>8}".format(*row)
+                     for row in [*rows, ("total", "", "", "", f"{total:,}", "", "")])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1581,6 +1547,7 @@ def warm_up(model: GPT, groups: dict[str, Group], processes: Processes, batch_of
         processes.barrier()
     for group in groups.values():
         group.processes = processes
+        group.gradients.zero_()  # some may still wait for Adam
     for tensor, original in zip(changed, kept, strict=True):
         tensor.copy_(original)
     model.tied = tied
@@ -1820,7 +1787,7 @@ def train(config: Config, processes: Processes) -> Path | None:
         log.line(f"compiled in {seconds:.0f} s, untimed")
 
     clock, underway = Clock(processes), deque()  # the losses of steps that the device has been given but not read
-    ahead = 1 if processes.device.type == "cuda" else 0  # how many of them there may be
+    on_gpu = processes.device.type == "cuda"
     lower_rates = "try lower rates (--muon-lr, --adam-head, --adam-tables) or look at the tokens of that step"
 
     def read_loss(step: int, losses: Tensor, copied: torch.cuda.Event | None) -> None:
@@ -1848,8 +1815,9 @@ def train(config: Config, processes: Processes) -> Path | None:
             break
         clock.start()
         losses = train_step(model, groups, next(batches), step)
-        underway.append((step, losses.to("cpu", non_blocking=True), processes.event()))
-        while len(underway) > ahead:
+        copied = losses.to("cpu", non_blocking=True)
+        underway.append((step, copied, torch.cuda.current_stream().record_event() if on_gpu else None))
+        while len(underway) > on_gpu:
             read_loss(*underway.popleft())
     if log.folder is not None:
         save_model(log.folder / "model.pt", model, stream, config.steps, val_loss)

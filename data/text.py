@@ -28,7 +28,7 @@ from tqdm import tqdm
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from train_gpt2 import HEADER_WORDS, SHARD_MAGIC, SHARD_VERSION, Refusal, parse_command_line
+from train_gpt2 import HEADER_WORDS, SHARD_MAGIC, SHARD_VERSION, Refusal, parse_command_line, tokens_until
 
 DEFAULT_FOLDER = HERE / "text"
 UINT16_VALUES = 2**16
@@ -61,14 +61,14 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"{documents:,} document{'s' if documents > 1 else ''}: {counts['text_train']:,} training and "
           f"{counts['text_val']:,} validation tokens in {where}", end="; ")
     tiny = parse_command_line(["--preset", "tiny"])
-    if counts["text_train"] <= tiny.row_tokens:
-        print(f"too few to train on: a row of tiny has {tiny.row_tokens}")
+    if counts["text_train"] <= max(tiny.row_tokens):
+        print(f"too few to train on: a row of tiny has {max(tiny.row_tokens)}")
         return
     print("train on them with:")
     print(f"python {shlex.quote(shown(HERE.parent / 'train_gpt2.py'))} --preset tiny "
           f"--train-files {shlex.quote(where + '/text_train_*.bin')} "
           f"--val-files {shlex.quote(where + '/text_val_*.bin')}"
-          + " --repeat true" * (counts["text_train"] <= tiny.steps * tiny.tokens_per_step))
+          + " --repeat true" * (counts["text_train"] <= tokens_until(tiny.steps, tiny)))
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

@@ -1,11 +1,10 @@
-"""Speed of the two parts that run on the host, on one core: the block mask and the loader.
+"""Speed of the two parts that run on the host, on one core: the block masks and the loader.
 
     python records/parts.py
 """
 
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import torch
@@ -13,34 +12,40 @@ import torch
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parent / "data"), str(HERE)]
 from text import Encoding, write_shard  # noqa: E402
-from timing import made_up_tokens  # noqa: E402
-from train_gpt2 import (GPT2_SEPARATOR, GPT2_VOCABULARY, TokenStream, block_mask, first_visible_key,  # noqa: E402
-                        read_rows)
+from timing import best_of, doubled, made_up_tokens  # noqa: E402
+from train_gpt2 import (GPT2_SEPARATOR, GPT2_VOCABULARY, PRESETS, Config, Processes, TokenStream,  # noqa: E402
+                        block_mask, first_visible_key, read_rows, training_row, value_at)
 
-ROW = 65_536  # tokens
+ROW, ROWS = 65_536, 64  # tokens; rows that the loader reads
 
 
-def best_of(times: int, run) -> float:
-    """Seconds of the fastest of several runs: what the code costs when nothing else is in the way."""
-    seconds = []
-    for _ in range(times):
-        begin = time.perf_counter()
-        run()
-        seconds.append(time.perf_counter() - begin)
-    return min(seconds)
+def packed(stream: TokenStream, config: Config) -> int:
+    """Tokens of ROWS rows in training, each read where the one before ended."""
+    position = 0
+    for _ in range(ROWS):
+        position = training_row(stream, position, ROW, config)[-1]
+    return ROWS * ROW
 
 
 def main() -> None:
     torch.set_num_threads(1)
+    here = Processes(0, 1, torch.device("cpu"))
     starts = torch.from_numpy(made_up_tokens(ROW) == GPT2_SEPARATOR)[None]
-    seconds = best_of(50, lambda: block_mask(first_visible_key(starts, 1024)))
-    print(f"block mask of {ROW:,} tokens: {1000 * seconds:.2f} ms on one core")
+    for name, rows, window in (("block mask", starts, 1023),
+                               ("block mask of paired heads", doubled(starts), value_at(Config.window, 3))):
+        seconds = best_of(50, here, lambda rows=rows, window=window: block_mask(first_visible_key(rows, window)))
+        print(f"{name}, {ROW:,} tokens, window {window}: {1000 * seconds:.2f} ms on one core")
     with tempfile.TemporaryDirectory() as folder:
-        shard, rows = Path(folder) / "shard.bin", 64
-        write_shard(shard, iter([made_up_tokens(rows * ROW + 1)]), Encoding(GPT2_VOCABULARY, GPT2_SEPARATOR, None))
-        stream = TokenStream(str(shard))
-        seconds = best_of(5, lambda: [read_rows(stream, row * ROW, 1, ROW, rows * ROW) for row in range(rows)])
-    print(f"loader: {rows * ROW / seconds / 1e6:.0f} million tokens/s from the page cache on one core")
+        shard = Path(folder) / "shard.bin"
+        write_shard(shard, iter([made_up_tokens(2 * ROWS * ROW)]), Encoding(GPT2_VOCABULARY, GPT2_SEPARATOR, None))
+        stream, whole = TokenStream(str(shard)), Config()
+        cut = Config(**PRESETS["five-minute"])
+        for name, read in (
+                ("validation rows", lambda: [read_rows(stream, i * ROW, 1, ROW, ROWS * ROW) for i in range(ROWS)]),
+                ("rows of whole documents, the rest dropped", lambda: packed(stream, whole)),
+                ("rows cut where they end, the rest continued", lambda: packed(stream, cut))):
+            speed = ROWS * ROW / best_of(3, here, read) / 1e6
+            print(f"loader, {name}: {speed:.0f} million tokens/s from the page cache on one core")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 from train_gpt2 import MASK_BLOCK, block_mask, first_visible_key, interval_rule  # noqa: E402
 
-TOKENS, WINDOW, DOCUMENTS = 1536, 512, (0, 300, 384, 1100)
+TOKENS, WINDOW, DOCUMENTS = 1536, 511, (0, 300, 384, 1100)  # a query and the 511 tokens before it
 SEEN, WHOLE, TESTED, INK = "#4c78a8", "#54a24b", "#e45756", "#222222"
 
 
@@ -46,7 +46,8 @@ def draw_mask(path: Path) -> None:
     axes.set_xticks(range(0, TOKENS + 1, 256))
     axes.set_yticks(range(0, TOKENS + 1, 256))
     axes.tick_params(colors=INK)
-    axes.set_title(f"One row, documents at {', '.join(map(str, DOCUMENTS))}, window {WINDOW}", color=INK, fontsize=11)
+    axes.set_title(f"One row, documents at {', '.join(map(str, DOCUMENTS))}, window {WINDOW} tokens back", color=INK,
+                   fontsize=11)
     axes.legend(handles=[Patch(facecolor=SEEN, alpha=0.55, label="query sees key"),
                          Patch(fill=False, edgecolor=WHOLE, linewidth=1.8, label="block wholly visible: no test"),
                          Patch(fill=False, edgecolor=TESTED, linewidth=1.8, label="block tested per token"),

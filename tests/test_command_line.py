@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import train_gpt2
-from tools import ROOT, command, random_documents, run_here, start, write_corpus, write_shard
-from train_gpt2 import PRESETS, Config, Refusal, load_model, parse_command_line
+from tools import RECIPE, ROOT, command, random_documents, run_here, start, write_corpus, write_shard
+from train_gpt2 import PRESETS, Config, Refusal, load_model, parse_command_line, spelled
 
 
 def refusal(call, *arguments) -> str:
@@ -49,55 +49,74 @@ def refused_run(corpus, tmp_path, capfd):
 # Options
 
 
-@pytest.mark.parametrize("arguments", [["--row-tokens", "256"], ["--row_tokens", "256"], ["--row-tokens=256"],
-                                       ["--row_tokens=256"]])
+@pytest.mark.parametrize("arguments", [["--muon-lr", "0.5"], ["--muon_lr", "0.5"], ["--muon-lr=0.5"],
+                                       ["--muon_lr=0.5"]])
 def test_every_spelling_of_an_option(arguments):
-    assert parse_command_line(arguments) == dataclasses.replace(Config(), row_tokens=256)
+    assert parse_command_line(arguments) == dataclasses.replace(Config(), muon_lr=0.5)
 
 
 @pytest.mark.parametrize("name, text, value", [
-    ("steps", "17", 17), ("muon_lr", "1e-3", 1e-3), ("softcap", "0", 0.0), ("out", "a=b", "a=b"),
-    ("repeat", "true", True), ("repeat", "false", False), ("qk_norm", "false", False), ("dtype", "float64", "float64"),
-    ("compile", "none", "none")])
+    ("steps", "17", 17), ("muon_lr", "1e-3", 1e-3), ("out", "a=b", "a=b"), ("repeat", "true", True),
+    ("repeat", "false", False), ("qk_norm", "false", False), ("dtype", "float64", "float64"), ("compile", "none", "none"),
+    ("window", "64", (64,)), ("window", "64,96", (64, 96)), ("window_short", "1,2,3,4", (1, 2, 3, 4)),
+    ("rate_levels", "1,2.5", (1.0, 2.5)), ("softcap", "0,1,0", (0.0, 1.0, 0.0)),
+    ("adam_head", "1e-3,0.5,0.9,0", (1e-3, 0.5, 0.9, 0.0)), ("short_layers", "none", ()), ("short_layers", "4", (4,)),
+    ("paired_layers", "2,10", (2, 10)), ("gated_skip", "2,10", (2, 10)), ("backout", "none", ())])
 def test_values_have_the_type_of_their_field(name, text, value):
     for arguments in ([f"--{name}", text], [f"--{name}={text}"]):
         parsed = getattr(parse_command_line(arguments), name)
         assert parsed == value and type(parsed) is type(value)
+        if isinstance(value, tuple):
+            assert [type(part) for part in parsed] == [type(part) for part in value]
 
 
-def test_every_field_is_an_option():
+def typed(value) -> str:
+    """Any setting as one types it, to the last digit."""
+    if isinstance(value, tuple):
+        return ",".join(map(str, value)) or "none"
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_field_is_an_option(preset):
+    config = parse_command_line(["--preset", preset])
     for f in dataclasses.fields(Config):
         if f.name != "preset":
-            value = str(f.default).lower() if f.type is bool else str(f.default)
-            assert parse_command_line([f"--{f.name.replace('_', '-')}", value]) == Config(), f.name
+            flag, value = f"--{f.name.replace('_', '-')}", getattr(config, f.name)
+            assert parse_command_line(["--preset", preset, flag, typed(value)]) == config, f.name
+            shown = getattr(parse_command_line(["--preset", preset, flag, spelled(value)]), f.name)
+            if f.type in (float, tuple[float, ...]):  # printed with six digits
+                assert shown == pytest.approx(value, rel=1e-5), f.name
+            else:
+                assert shown == value, f.name
 
 
-def test_no_arguments_give_the_five_minute_recipe():
+def test_no_arguments_give_the_hundred_second_recipe():
     config = parse_command_line([])
-    assert config == Config() and config.preset == "five-minute"
-    assert (config.layers, config.heads, config.width, config.window) == (12, 6, 768, 1024)
-    assert config.tokens_per_step == 8 * config.row_tokens == 524_288
+    assert config == Config() and config.preset == "gpt2"
+    assert (config.layers, config.heads, config.width, config.attention_free) == (11, 6, 768, (6,))
+    assert config.tokens_per_step == tuple(8 * tokens for tokens in config.row_tokens) == (131_072, 262_144, 393_216)
+
+
+def test_the_five_minute_recipe_is_a_preset():
+    config = parse_command_line(["--preset", "five-minute"])
+    assert (config.layers, config.heads, config.width, config.window) == (12, 6, 768, (1023,))
+    assert config.tokens_per_step == (8 * config.row_tokens[0],) == (524_288,)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_preset_gives_defaults_and_what_is_given_wins(preset):
     config = parse_command_line(["--preset", preset])
-    assert config == Config(**PRESETS[preset], preset=preset)
-    for arguments in (["--preset", preset, "--layers", "5"], ["--layers", "5", f"--preset={preset}"]):
-        assert parse_command_line(arguments) == dataclasses.replace(config, layers=5)
-
-
-def test_a_constant_window_stays_constant_when_it_is_changed():
-    for preset in PRESETS:
-        for window in ("64", "200", "4096"):
-            assert parse_command_line(["--preset", preset, "--window", window]).window_start == int(window)
-    assert parse_command_line(["--window", "512", "--window-start", "64"]).window_start == 64
+    assert config == Config(**{**PRESETS[preset], "preset": preset})
+    for arguments in (["--preset", preset, "--layers", "13"], ["--layers", "13", f"--preset={preset}"]):
+        assert parse_command_line(arguments) == dataclasses.replace(config, layers=13)
 
 
 def test_an_unknown_option_names_the_nearest():
     assert "unknown option --layer;" in refused_option("--layer", "3")
     assert "nearest is --layers " in refused_option("--layer", "3")
     assert "nearest is --micro-tokens " in refused_option("--micro_token=8")
+    assert "nearest is --paired-layers " in refused_option("--paired-layer", "0")
     assert "unknown option steps" in refused_option("steps", "8")
     assert "unknown option -steps" in refused_option("-steps", "8")
     assert "unknown option --" in refused_option("--", "8")
@@ -111,9 +130,14 @@ def test_a_missing_value():
 @pytest.mark.parametrize("name, value, expected", [
     ("steps", "many", "a whole number"), ("steps", "1.5", "a whole number"), ("steps", "", "a whole number"),
     ("steps", "--layers", "a whole number"), ("muon-lr", "fast", "a number"),
-    ("repeat", "yes", "true, false"), ("repeat", "True", "the nearest is --repeat true"),
+    ("row-tokens", "128;256", "a list of whole numbers"), ("row-tokens", "128,,256", "a list of whole numbers"),
+    ("window", "64,1.5", "a list of whole numbers"), ("window", "64,", "a list of whole numbers"),
+    ("short-layers", "all", "a list of whole numbers"), ("short-layers", "none,1", "a list of whole numbers"),
+    ("adam-head", "0.1,fast,0.9,0", "a list of numbers"), ("repeat", "yes", "true, false"), ("repeat", "True", "the nearest is --repeat true"),
     ("preset", "tinny", "the nearest is --preset tiny"), ("dtype", "float16", "auto, bfloat16, float32, float64"),
-    ("device", "gpu", "auto, cpu, cuda"), ("compile", "max", "auto, none")])
+    ("device", "gpu", "auto, cpu, cuda"), ("compile", "max", "auto, none"),
+    ("long-documents", "cut", "drop, continue"), ("head-dtype", "float9", "the nearest is --head-dtype float8"),
+    ("orthogonaliser", "polar", "the nearest is --orthogonaliser polar-express")])
 def test_a_value_of_the_wrong_type(name, value, expected):
     for arguments in ([f"--{name}", value], [f"--{name}={value}"]):
         line = refused_option(*arguments)
@@ -128,21 +152,42 @@ def value_named_last(line: str, flag: str) -> str:
 
 @pytest.mark.parametrize("name, value", [
     ("steps", "0"), ("steps", "-3"), ("tokens_per_step", "0"), ("row_tokens", "0"), ("micro_tokens", "-128"),
-    ("loss_chunk", "0"), ("val_every", "-1"), ("val_tokens", "0"), ("layers", "0"), ("heads", "0"), ("width", "0"),
-    ("mlp_ratio", "0"), ("window", "0"), ("window_start", "0"), ("rotary_base", "0"), ("rms_epsilon", "-1e-6"),
-    ("softcap", "-30"), ("muon_lr", "nan"), ("muon_lr", "inf"), ("embed_lr", "-0.1"), ("muon_momentum", "1"),
-    ("adam_beta1", "1.0"), ("adam_beta2", "-0.5"), ("adam_epsilon", "nan"), ("momentum_warmup", "1.01"),
-    ("cooldown", "2"), ("cooldown", "-0.1"), ("newton_schulz_steps", "-1"), ("seed", "-1"), ("seed", str(2**64))])
+    ("loss_chunk", "0"), ("val_every", "-1"), ("val_tokens", "0"), ("val_row_tokens", "0"), ("layers", "0"),
+    ("heads", "0"), ("width", "0"), ("mlp_ratio", "0"), ("value_tables", "0"), ("rotary_base", "0"),
+    ("rotary_share", "1.01"), ("rms_epsilon", "-1e-6"), ("muon_lr", "nan"), ("muon_lr", "inf"), ("muon_momentum", "1"),
+    ("normuon_beta2", "1"), ("adam_epsilon", "nan"), ("adam_every", "0"), ("momentum_warmup", "1.01"),
+    ("cooldown", "2"), ("cooldown", "-0.1"), ("extension", "0.95"), ("tied_until", "1.5"), ("predicted_tokens", "0"),
+    ("bigram", "-1"), ("document_tokens", "-1"), ("seed", "-1"), ("seed", str(2**64))])
 def test_a_value_out_of_range_names_one_that_works(name, value):
     flag = "--" + name.replace("_", "-")
     line = refused_option(flag, value)
     assert line.startswith(f"{flag} {value} ")
     example = value_named_last(line, flag)
-    assert getattr(parse_command_line([flag, example]), name) == pytest.approx(float(example))
+    found = getattr(parse_command_line([flag, example]), name)
+    assert found == pytest.approx(tuple(map(float, example.split(","))) if isinstance(found, tuple) else float(example))
 
 
-@pytest.mark.parametrize("name", ["micro_tokens", "val_every", "seed", "softcap", "newton_schulz_steps", "cooldown",
-                                  "momentum_warmup", "muon_momentum", "muon_momentum_start", "adam_beta1", "muon_lr"])
+@pytest.mark.parametrize("name, value", [
+    ("tokens_per_step", "131072,-1"), ("row_tokens", "none"), ("row_tokens", "128,256,384,512,640"),
+    ("window", "none"), ("window", "64,-1"), ("window", "0,64"), ("window_short", "1,2,3,4,5"), ("rate_levels", "none"),
+    ("rate_levels", "1,nan"), ("rate_levels", "1,-1"), ("short_layers", "-1"), ("value_layers", "0,-3"),
+    ("softcap", "30"), ("softcap", "30,30"), ("softcap", "-30,30,0"), ("softcap", "none"), ("softcap", "1,2,3,4"),
+    ("softcap", "30,0,0"), ("adam_head", "0.1"), ("adam_gates", "0.1,0.9,0.9"), ("adam_x0", "0.1,0.9,0.9,0,0"),
+    ("adam_embedding", "-0.1,0.9,0.9,0"), ("adam_head", "0.1,1,0.9,0"), ("adam_tables", "0.1,0.9,1.5,0"),
+    ("adam_scalars", "0.1,-0.5,0.9,0"), ("backout", "1,2"), ("gated_skip", "3"), ("gated_skip", "1,2,3")])
+def test_a_list_of_the_wrong_length_or_out_of_range_names_one_that_works(name, value):
+    flag = "--" + name.replace("_", "-")
+    line = refused_option(flag, value)
+    assert line.startswith(f"{flag} {value} ")
+    example = value_named_last(line, flag)
+    found = getattr(parse_command_line([flag, example]), name)
+    assert found == pytest.approx(() if example == "none" else tuple(map(float, example.split(","))))
+
+
+@pytest.mark.parametrize("name", ["micro_tokens", "document_tokens", "val_every", "seed", "bigram", "cooldown",
+                                  "momentum_warmup", "momentum_cooldown", "muon_momentum", "muon_momentum_start",
+                                  "muon_lr", "muon_decay", "normuon_beta2", "extension", "tied_until", "rotary_share",
+                                  "attention_scale", "window_final", "rate_floor"])
 def test_zero_where_it_means_something(name):
     assert getattr(parse_command_line([f"--{name}", "0"]), name) == 0
 
@@ -153,26 +198,70 @@ def test_twice_given(again):
     assert "--row_tokens is given twice" in refused_option("--row-tokens", "256", "--row_tokens", "256")
 
 
+FIVE = ["--preset", "five-minute"]
+ROWS = ["--row-tokens", "128,256"]
+
+
 @pytest.mark.parametrize("arguments, expected", [
-    (["--row-tokens", "1000"], "the nearest is --row-tokens 1024"),
-    (["--row-tokens", "1"], "the nearest is --row-tokens 128"),
-    (["--tokens-per-step", "100000"], "the nearest is --tokens-per-step 131072"),
-    (["--tokens-per-step", "5"], "the nearest is --tokens-per-step 65536"),
-    (["--row-tokens", "128", "--tokens-per-step", "512", "--micro-tokens", "200"], "the nearest is --micro-tokens 256"),
-    (["--heads", "5", "--width", "768"], "the nearest is --width 770"),
+    ([*FIVE, "--row-tokens", "1000"], "the nearest is --row-tokens 1024"),
+    ([*FIVE, "--row-tokens", "1"], "the nearest is --row-tokens 128"),
+    (["--row-tokens", "128,200,1,1000"], "the nearest is --row-tokens 128,256,128,1024"),
+    (["--val-row-tokens", "1000"], "the nearest is --val-row-tokens 1024"),
+    ([*FIVE, "--tokens-per-step", "100000"], "the nearest is --tokens-per-step 131072"),
+    ([*FIVE, "--tokens-per-step", "5"], "the nearest is --tokens-per-step 65536"),
+    ([*ROWS, "--tokens-per-step", "1024,700"], "the nearest is --tokens-per-step 1024,768"),
+    ([*ROWS, "--tokens-per-step", "640"], "the nearest is --tokens-per-step 640,512"),  # a row of the second stage
+    (["--heads", "5", "--width", "768", "--paired-layers", "none"], "the nearest is --width 770"),
     (["--heads", "4", "--width", "12"], "the nearest is --width 16"),
-    (["--window", "256", "--window-start", "300"], "the nearest is --window-start 256")])
+    (["--heads", "3"], "the nearest is --heads 4"),
+    (["--layers", "9"], "the nearest is --short-layers 0,1,2,4,5,7,8"),
+    (["--short-layers", "0,11,2"], "the nearest is --short-layers 0,2"),
+    (["--paired-layers", "11"], "the nearest is --paired-layers none"),
+    (["--attention-free", "6,99"], "the nearest is --attention-free 6"),
+    (["--value-layers", "10,11"], "the nearest is --value-layers 10"),
+    (["--backout", "11"], "the nearest is --backout none"),
+    (["--gated-skip", "3,11"], "the nearest is --gated-skip none"),
+    (["--gated-skip", "6,3"], "the nearest is --gated-skip none"),
+    (["--gated-skip", "6,6"], "the nearest is --gated-skip none"),
+    ([*FIVE, "--attention-free", "0,2"], "the nearest is --attention-free 2"),  # value_residual mixes layer 0's values
+    (["--head-dtype", "float8", "--loss-chunk", "1000"], "the nearest is --loss-chunk 1008")])
 def test_settings_that_exclude_each_other_name_the_nearest_that_work(arguments, expected):
     line = refused_option(*arguments)
     assert expected in line
     flag, value = line.rsplit("nearest is ", 1)[1].split()
     mended = dict(zip(arguments[::2], arguments[1::2], strict=True)) | {flag: value}
-    parse_command_line([word for pair in mended.items() for word in pair])
+    words = [word for pair in mended.items() for word in pair]
+    if "--layers" not in mended:  # which the lists of the other layers go beyond as well
+        parse_command_line(words)
+    else:
+        assert not refused_option(*words).startswith(flag)
 
 
-def test_micro_tokens_that_do_not_divide_the_step(refused_run):
-    line = refused_run(micro_tokens=3 * 128)
-    assert "--micro-tokens 384" in line and "the nearest is --micro-tokens 256" in line
+def test_lists_of_layers_can_be_mended_one_by_one():
+    """Fewer layers than the preset's: following each refusal leads to a configuration that works."""
+    arguments = {"--layers": "3"}
+    for _ in range(8):
+        try:
+            config = parse_command_line([word for pair in arguments.items() for word in pair])
+            break
+        except Refusal as refused:
+            flag, value = refused.code.rsplit("nearest is ", 1)[1].split()
+            assert flag not in arguments
+            arguments[flag] = value
+    assert (config.short_layers, config.paired_layers, config.value_layers) == ((0, 1, 2), (0, 2), (0, 1))
+    assert (config.attention_free, config.gated_skip, config.backout) == ((), (), ())
+
+
+def test_micro_tokens_are_a_bound_that_need_divide_nothing(corpus, tmp_path):
+    for micro in (1, 3 * 128, 10_000):
+        assert (run_here(corpus, out=tmp_path / str(micro), steps=1, micro_tokens=micro) / "model.pt").exists()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_float8_head_goes_with_bfloat16_only(refused_run, dtype):
+    line = refused_run(head_dtype="float8", loss_chunk=512, dtype=dtype)
+    assert f"--head-dtype float8 goes with bfloat16 activations, found {dtype}" in line
+    assert "--dtype bfloat16" in line and "--head-dtype wide" in line
 
 
 def test_help_lists_every_field_with_default_and_unit(capsys):
@@ -190,8 +279,11 @@ def test_help_lists_every_field_with_default_and_unit(capsys):
             shown = line.split()[1]
             if f.type is float:
                 assert float(shown) == pytest.approx(default, 1e-5)
+            elif f.type == tuple[float, ...]:
+                assert [float(part) for part in shown.split(",")] == pytest.approx(default, 1e-5)
             else:
-                assert shown == (str(default).lower() if f.type is bool else str(default))
+                assert shown == typed(default)
+        assert not [line for line in lines if len(line) > 160]
 
 
 def test_importing_has_no_side_effect(tmp_path):
@@ -321,6 +413,17 @@ def test_too_few_tokens(refused_run, corpus):
     assert "python data/text.py" in line and "--repeat true" in line and "--steps 20" in line
     line = refused_run(tokens_per_step=128 * 200)
     assert "--repeat true" in line and "--steps" not in line
+
+
+@pytest.mark.parametrize("rule", ["drop", "continue"])
+@pytest.mark.parametrize("steps", [20, 21, 50, 333])
+def test_the_number_of_steps_that_is_named_fits(corpus, rule, steps):
+    """Through three stages with batches of different sizes and rounded borders."""
+    changes = dict(base=RECIPE, long_documents=rule)
+    line = refusal(train_gpt2.open_data, parse_command_line(command(corpus, steps=steps, **changes)))
+    fewer = int(value_named_last(line, "--steps"))
+    assert fewer < steps
+    train_gpt2.open_data(parse_command_line(command(corpus, steps=fewer, **changes)))
 
 
 def test_too_few_tokens_name_the_download(refused_run, tmp_path):

@@ -1,18 +1,23 @@
-"""From shard files to rows: TokenStream, read_rows, read_tokens, the slices of several readers, and prefetching."""
+"""From shard files to rows: TokenStream, rows as they come and of whole documents, shares of processes, prefetching."""
 
+import bisect
+import dataclasses
+import itertools
 import math
 import os
 import threading
 import time
+from collections import Counter
 
 import numpy as np
 import pytest
 import torch
 
 import train_gpt2
-from tools import configuration, random_documents, write_corpus, write_shard
-from train_gpt2 import (Batch, Processes, Refusal, TokenStream, open_shard, prefetched, read_rows, read_tokens,
-                        row_positions)
+from tools import RECIPE, command, configuration, random_documents, write_corpus, write_shard
+from train_gpt2 import (Batch, Config, Processes, Refusal, TokenStream, open_data, open_shard, parse_command_line,
+                        prefetched, read_rows, read_tokens, step_batches, step_rows, tokens_needed, tokens_until,
+                        training_row)
 
 ALONE = Processes(0, 1, torch.device("cpu"))
 SEPARATOR = 256
@@ -145,20 +150,20 @@ def test_inputs_at_the_end_or_later_have_no_target(tmp_path, end):
 
 
 class Captured(Exception):
-    """Carries the load function that a caller handed to `prefetched`, and how many batches it wants."""
+    """Carries the batches that a caller handed to `prefetched`."""
 
 
-def captured_load(monkeypatch, caller, *arguments):
-    """What `caller` hands to `prefetched`: its load function and the number of batches. Nothing is computed."""
-    def stop(load, count, processes):
-        raise Captured(load, count)
+def captured_batches(monkeypatch, caller, *arguments):
+    """What `caller` hands to `prefetched`: its batches, in host memory. Nothing is computed."""
+    def stop(batches, processes):
+        raise Captured(batches)
 
     with monkeypatch.context() as patch:
         patch.setattr(train_gpt2, "prefetched", stop)
         patch.setattr(train_gpt2.dist, "broadcast", lambda *_: None)
         with pytest.raises(Captured) as caught:
             caller(*arguments)
-    return caught.value.args
+    return caught.value.args[0]
 
 
 @pytest.mark.parametrize("world", [1, 2, 4, 8])
@@ -166,15 +171,13 @@ def test_several_readers_of_training_rows_read_what_one_reads(tmp_path, monkeypa
     folder = write_corpus(tmp_path, train=(900, 1, 2000, 1200))
     config = configuration(folder, steps=4, tokens_per_step=1024)
     tokens = TokenStream(config.train_files).read(0, 4 * 1024 + 1)[0]
-    loads = []
-    for rank in range(world):
-        processes = Processes(rank, world, torch.device("cpu"))
-        load, count = captured_load(monkeypatch, train_gpt2.train, config, processes)
-        assert count == 4
-        loads.append(load)
+    shares = [list(captured_batches(monkeypatch, train_gpt2.train, config, Processes(rank, world, torch.device("cpu"))))
+              for rank in range(world)]
+    assert {len(batches) for batches in shares} == {4}
     for step in range(4):
-        parts = [load(step) for load in loads]
+        parts = [batches[step] for batches in shares]
         assert all(len(part.inputs) == 8 // world for part in parts)
+        assert all([part.dtype for part in batch] == [torch.int32, torch.int64, torch.bool] for batch in parts)
         joined = Batch(*(torch.cat(column).flatten().numpy() for column in zip(*parts, strict=True)))
         assert np.array_equal(joined.inputs, tokens[1024 * step:1024 * (step + 1)])
         assert np.array_equal(joined.targets, tokens[1024 * step + 1:1024 * (step + 1) + 1])
@@ -186,15 +189,12 @@ def test_several_readers_of_validation_rows_count_each_token_once(tmp_path, monk
     config = configuration(write_corpus(tmp_path))
     stream = TokenStream(config.val_files)
     tokens = stream.read(0, counted + 1)[0]
-    model = train_gpt2.GPT(config, stream.vocabulary, torch.float32)
     for micro_rows in (1, 3):
-        shares = []
-        for rank in range(world):
-            processes = Processes(rank, world, torch.device("cpu"))
-            load, count = captured_load(monkeypatch, train_gpt2.validate, model, stream, counted, micro_rows, 0,
-                                        processes)
-            assert count == math.ceil(counted / (128 * micro_rows * world))
-            shares.append([load(index) for index in range(count)])
+        model = train_gpt2.GPT(dataclasses.replace(config, micro_tokens=micro_rows * 128 + 127), stream.vocabulary,
+                               torch.float32)
+        shares = [list(captured_batches(monkeypatch, train_gpt2.validate, model, stream, counted, 0,
+                                        Processes(rank, world, torch.device("cpu")))) for rank in range(world)]
+        assert {len(batches) for batches in shares} == {math.ceil(counted / (128 * micro_rows * world))}
         in_order = [batch for batches in zip(*shares, strict=True) for batch in batches]
         assert all(batch.inputs.shape == (micro_rows, 128) for batch in in_order)
         inputs, targets = (torch.cat([batch[part].flatten() for batch in in_order]).numpy() for part in (0, 1))
@@ -244,90 +244,352 @@ def numbered(index: int) -> Batch:
     return Batch(*(torch.full((1, 2), index) for _ in range(3)))
 
 
-@pytest.mark.parametrize("count", [1, 2, 7])
+def number(batch: Batch) -> int:
+    return int(batch.inputs[0, 0])
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 7])
 def test_prefetched_batches_come_in_order(count):
     asked = []
 
-    def load(index):
-        asked.append(index)
-        return numbered(index)
+    def reading():
+        for index in range(count):
+            asked.append(index)
+            yield numbered(index)
 
-    assert [int(batch.inputs[0, 0]) for batch in prefetched(load, count, ALONE)] == list(range(count))
+    assert [number(batch) for batch in prefetched(reading(), ALONE)] == list(range(count))
     assert asked == list(range(count))
 
 
 def test_the_next_batch_is_read_while_this_one_is_in_use():
     started, released, in_time = [threading.Event() for _ in range(4)], threading.Event(), []
 
-    def load(index):
-        started[index].set()
-        if index == 1:
-            in_time.append(released.wait(20))  # not done before the consumer has the batch before it in hand
-        return numbered(index)
+    def reading():
+        for index in range(4):
+            started[index].set()
+            if index == 1:
+                in_time.append(released.wait(20))  # not done before the consumer has the batch before it in hand
+            yield numbered(index)
 
-    batches = prefetched(load, 4, ALONE)
-    first = next(batches)
-    assert int(first.inputs[0, 0]) == 0
+    batches = prefetched(reading(), ALONE)
+    assert number(next(batches)) == 0
     assert started[1].wait(20)
     assert not started[2].is_set()
     released.set()
     time.sleep(0.05)
     assert not started[2].is_set()  # one ahead and no more: memory stays bounded
-    assert int(next(batches).inputs[0, 0]) == 1
+    assert number(next(batches)) == 1
     assert started[2].wait(20)
     assert in_time == [True]
     batches.close()
+    assert not started[3].is_set()
 
 
 def test_what_the_reading_thread_is_refused_reaches_the_consumer():
-    def load(index):
-        if index == 2:
-            raise Refusal("the shard is gone")
-        return numbered(index)
+    def reading():
+        yield from (numbered(0), numbered(1))
+        raise Refusal("the shard is gone")
 
-    batches = prefetched(load, 5, ALONE)
-    assert [int(next(batches).inputs[0, 0]) for _ in range(2)] == [0, 1]
+    batches = prefetched(reading(), ALONE)
+    assert [number(next(batches)) for _ in range(2)] == [0, 1]
     with pytest.raises(Refusal, match="^the shard is gone$"):
         next(batches)
+    assert next(batches, None) is None
 
 
-def test_reading_happens_in_one_other_thread():
-    seen = []
+def test_reading_happens_in_one_other_thread_that_ends():
+    seen, before = [], threading.active_count()
 
-    def load(index):
-        seen.append(threading.get_ident())
-        return numbered(index)
+    def reading():
+        for index in range(5):
+            seen.append(threading.get_ident())
+            yield numbered(index)
 
-    list(prefetched(load, 5, ALONE))
+    list(prefetched(reading(), ALONE))
     assert len(set(seen)) == 1
     assert threading.get_ident() not in seen
+    left_early = prefetched(reading(), ALONE)
+    next(left_early)
+    assert threading.active_count() == before + 1
+    left_early.close()
+    assert threading.active_count() == before
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Which rows a step takes
 
 
-def rows_of_steps(config, stream_tokens: int, steps: int) -> list[int]:
-    return [position // config.row_tokens
-            for step in range(steps) for position in row_positions(config, stream_tokens, step)]
+def documents_of(pieces) -> list[list[int]]:
+    """The documents of a stream in order, straight from the definition of where one starts."""
+    documents = []
+    for token, starts in zip(np.concatenate(pieces).tolist(), document_starts(pieces), strict=True):
+        if starts:
+            documents.append([])
+        documents[-1].append(token)
+    return documents
+
+
+def slow_row(documents, number, tokens, most):
+    """The row of `tokens` inputs that begins with that document: of each one as much as fits, at most `most` tokens,
+    the rest dropped. Returns its tokens with the last target, where documents start in it, and the next document."""
+    row, starts = [], []
+    while len(row) < tokens + 1:
+        whole = documents[number % len(documents)]
+        taken = whole[:min(len(whole), most, tokens + 1 - len(row))]
+        starts += [True] + [False] * (len(taken) - 1)
+        row, number = row + taken, number + 1
+    return row, starts, number
+
+
+def ends_of(documents) -> list[int]:
+    return list(itertools.accumulate(map(len, documents)))
+
+
+def corpus(tmp_path, seed, count=4000, length=30):
+    """A corpus of documents of 1 to some hundred tokens in a few shards: (its stream, its documents)."""
+    draw = np.random.default_rng(seed)
+    lengths = np.ceil(length * draw.lognormal(-0.5, 1.2, count)).astype(int)
+    tokens = random_documents(int(lengths.sum()), seed=seed)
+    tokens[tokens == SEPARATOR] = 3
+    tokens[np.cumsum([0, *lengths[:-1]])] = SEPARATOR
+    pieces = np.split(tokens, np.sort(draw.integers(1, len(tokens), 3)))
+    pieces = [piece for piece in pieces if len(piece)]
+    return TokenStream(write_shards(tmp_path, pieces)), documents_of(pieces)
+
+
+@pytest.mark.parametrize("tokens, most", [(8, 5), (8, 100), (20, 7), (64, 30), (64, 0), (300, 64), (1000, 2048)])
+@pytest.mark.parametrize("seed", range(3))
+def test_rows_of_whole_documents_are_those_of_the_slow_reference(tmp_path, seed, tokens, most):
+    pieces = [piece for more in range(4) for piece in random_pieces(100 * seed + more)]
+    stream, documents = TokenStream(write_shards(tmp_path, pieces)), documents_of(pieces)
+    ends, config = ends_of(documents), Config(document_tokens=most)
+    number, position, only_target = 0, 0, 0
+    for _ in range(200):  # some rounds through the stream
+        row, starts, following = slow_row(documents, number, tokens, most or tokens + 1)
+        found, found_starts, after = training_row(stream, position, tokens, config)
+        assert found.tolist() == row and found_starts.tolist() == starts
+        assert starts[0] and len(row) == tokens + 1
+        laps, inside = divmod(following - 1, len(documents))
+        assert after == laps * stream.tokens + ends[inside]
+        only_target += starts[-1]
+        number, position = following, after
+    assert number > len(documents)
+    assert only_target > 0 or tokens > 20  # short rows often end with a document: then the next gives its first token
+
+
+def test_a_document_whose_first_token_is_the_last_target_is_used_up(tmp_path):
+    documents = [[SEPARATOR, 1, 2], [SEPARATOR, 3, 4, 5, 6], [SEPARATOR, 7, 8], [SEPARATOR, 9], [SEPARATOR, 10, 11, 12]]
+    stream = TokenStream(write_shards(tmp_path, [sum(documents, [])]))
+    row, starts, after = training_row(stream, 0, 8, Config())
+    assert row.tolist() == [SEPARATOR, 1, 2, SEPARATOR, 3, 4, 5, 6, SEPARATOR]
+    assert np.flatnonzero(starts).tolist() == [0, 3, 8] and after == 11
+    assert training_row(stream, after, 5, Config())[0].tolist() == [SEPARATOR, 9, SEPARATOR, 10, 11, 12]
+    assert training_row(stream, after, 5, Config())[2] == 17
+    # one token more, and the next document is cut after two tokens; one less, and the row ends with document 1
+    assert training_row(stream, 0, 9, Config())[0].tolist()[-2:] == [SEPARATOR, 7]
+    assert [training_row(stream, 0, tokens, Config())[2] for tokens in (6, 7, 8, 9, 10, 11)] == [8, 8, 11, 11, 11, 13]
+
+
+def test_the_last_token_of_a_cut_document_predicts_the_next_ones_first(tmp_path):
+    documents = [[SEPARATOR, 1, 2, 3, 4, 5], [SEPARATOR, 6], [SEPARATOR, *range(7, 17)], [SEPARATOR, 17]]
+    stream = TokenStream(write_shards(tmp_path, [sum(documents, [])]))
+    config = Config(steps=1, extension=0.0, row_tokens=(9,), tokens_per_step=(9,), document_tokens=4)
+    batch = next(step_batches(stream, config, ALONE))
+    assert batch.inputs.tolist() == [[SEPARATOR, 1, 2, 3, SEPARATOR, 6, SEPARATOR, 7, 8]]
+    assert batch.targets.tolist() == [[1, 2, 3, SEPARATOR, 6, SEPARATOR, 7, 8, 9]]
+    assert np.flatnonzero(batch.starts).tolist() == [0, 4, 6]
+
+
+@pytest.mark.parametrize("tokens, most", [(8, 5), (20, 7), (64, 0), (64, 1), (50, 1000)])
+@pytest.mark.parametrize("seed", range(3))
+def test_continued_rows_lose_nothing_and_start_documents_at_every_cut(tmp_path, seed, tokens, most):
+    pieces = [piece for more in range(3) for piece in random_pieces(50 * seed + more)]
+    stream, text = TokenStream(write_shards(tmp_path, pieces)), np.concatenate(pieces)
+    opens, config = document_starts(pieces), Config(long_documents="continue", document_tokens=most)
+    position, read = 0, []
+    while position < 2 * stream.tokens:
+        row, starts, after = training_row(stream, position, tokens, config)
+        assert after == position + tokens
+        assert row.tolist() == [text[at % len(text)] for at in range(position, after + 1)]
+        begin = position  # of the document, or of what is left of one
+        for at in range(position, after):
+            new = at == position or opens[at % len(text)] or (most > 0 and at - begin == most)
+            begin = at if new else begin
+            assert starts[at - position] == new, at
+        read += row[:-1].tolist()
+        position = after
+    assert read == np.tile(text, 3)[:len(read)].tolist()  # every token once per lap, in order
+
+
+def recipe(folder, **changes) -> Config:
+    return parse_command_line(command(folder, RECIPE, **changes))
+
+
+SIZES = [(128, 8), (128, 8), (128, 8), (256, 8), (256, 8), (256, 8), *[(384, 8)] * 6]  # row, rows of RECIPE's 12 steps
+
+
+def test_sizes_of_rows_change_in_the_middle_of_a_run(tmp_path):
+    stream, documents = corpus(tmp_path, 1)
+    config, number = recipe(tmp_path), 0
+    steps = list(step_rows(stream, config))
+    assert len(steps) == 12
+    for (rows, after), (tokens, count) in zip(steps, SIZES, strict=True):
+        assert len(rows) == count
+        for row, starts, _ in rows:
+            wanted, wanted_starts, number = slow_row(documents, number, tokens, 90)
+            assert row.tolist() == wanted and starts.tolist() == wanted_starts
+        assert after == ends_of(documents)[number - 1]
+    assert number < len(documents)
+
+
+@pytest.mark.parametrize("changes", [{}, {"long_documents": "continue"}, {"shuffle": "true"}], ids=str)
+def test_rows_do_not_depend_on_the_number_of_processes(tmp_path, changes):
+    stream, config = corpus(tmp_path, 2)[0], recipe(tmp_path, **changes)
+    whole = list(step_batches(stream, config, ALONE))
+    assert [tuple(batch.inputs.shape) for batch in whole] == [(count, tokens) for tokens, count in SIZES]
+    for rows, batch in zip(step_rows(stream, config), whole, strict=True):
+        assert np.array_equal(batch.inputs, [row[:-1] for row, *_ in rows[0]])
+        assert np.array_equal(batch.targets, [row[1:] for row, *_ in rows[0]])
+        assert np.array_equal(batch.starts, [starts[:-1] for _, starts, _ in rows[0]])
+    for world in (2, 4, 8):
+        shares = [step_batches(stream, config, Processes(rank, world, ALONE.device)) for rank in range(world)]
+        for batch, parts in zip(whole, zip(*shares, strict=True), strict=True):
+            assert all(len(part.inputs) == 8 // world for part in parts)
+            assert all(torch.equal(torch.cat(column), full)
+                       for column, full in zip(zip(*parts, strict=True), batch, strict=True))
+
+
+def test_steps_can_be_taken_from_any_one_on_within_a_stage(tmp_path):
+    """Warm-up draws batches of later stages from the start of the stream: their sizes are those of the stage."""
+    stream, config = corpus(tmp_path, 3)[0], recipe(tmp_path)
+    for first in (0, 3, 6, 11):
+        rows, _ = next(step_rows(stream, config, first))
+        assert [len(row) - 1 for row, *_ in rows] == [SIZES[first][0]] * 8
+        assert np.array_equal(rows[0][0], training_row(stream, 0, SIZES[first][0], config)[0])
+    assert len(list(step_rows(stream, config, 9))) == 3
+
+
+def written(folder, documents) -> TokenStream:
+    """These documents over two shards, the second of which begins with one."""
+    half = len(documents) // 2
+    for name, part in (("text_train_0.bin", documents[:half]), ("text_train_1.bin", documents[half:])):
+        write_shard(folder / name, sum(part, []), 257, SEPARATOR)
+    return TokenStream(str(folder / "text_train_*.bin"))
+
+
+@pytest.mark.parametrize("cap", [0, 40, 90])
+def test_the_tokens_a_run_needs_are_exactly_those_it_reads(tmp_path, cap):
+    stream, documents = corpus(tmp_path, 4)
+    write_shard(tmp_path / "text_val_0.bin", random_documents(2000), 257, SEPARATOR)
+    config = recipe(tmp_path, document_tokens=cap)
+    needed = tokens_needed(stream, config)
+    used = bisect.bisect_left(ends_of(documents), needed) + 1
+    assert ends_of(documents)[used - 1] == needed < stream.tokens
+    rows = [row[0].tolist() for rows, _ in step_rows(stream, config) for row in rows]
+    exact = written(tmp_path, documents[:used])
+    assert exact.tokens == needed == tokens_needed(exact, config)
+    assert open_data(config)[0].tokens == needed
+    assert [row[0].tolist() for rows, _ in step_rows(exact, config) for row in rows] == rows
+    short = written(tmp_path, documents[:used - 1])
+    assert tokens_needed(short, config) > short.tokens
+    with pytest.raises(Refusal, match=f"training tokens, .* holds {short.tokens:,}"):
+        open_data(config)
+    assert open_data(dataclasses.replace(config, repeat=True))[0].tokens == short.tokens
+    last = [row[0].tolist() for rows, _ in step_rows(short, config) for row in rows]
+    assert last[:-1] == rows[:-1] and last[-1] != rows[-1]
+
+
+def test_continued_rows_need_the_tokens_of_all_steps_and_one_target(tmp_path):
+    write_shard(tmp_path / "text_val_0.bin", random_documents(2000), 257, SEPARATOR)
+    config = recipe(tmp_path, long_documents="continue")
+    needed = 3 * 1024 + 3 * 2048 + 6 * 3072 + 1
+    assert tokens_until(12, config) + 1 == needed
+    text = random_documents(needed)
+    write_shard(tmp_path / "text_train_0.bin", text, 257, SEPARATOR)
+    stream = open_data(config)[0]
+    assert tokens_needed(stream, config) == needed
+    targets = np.concatenate([row[0][1:] for rows, _ in step_rows(stream, config) for row in rows])
+    assert np.array_equal(targets, text[1:])
+    write_shard(tmp_path / "text_train_0.bin", text[:-1], 257, SEPARATOR)
+    with pytest.raises(Refusal, match=f"needs {needed:,} training tokens, .* holds {needed - 1:,}"):
+        open_data(config)
+
+
+def test_a_stream_that_is_used_up_starts_over(tmp_path):
+    pieces = [random_documents(700, seed=1), random_documents(500, seed=2)]
+    stream, documents = TokenStream(write_shards(tmp_path, pieces)), documents_of(pieces)
+    number = 0
+    for rows, _ in step_rows(stream, recipe(tmp_path, repeat="true")):
+        for row, starts, _ in rows:
+            wanted, wanted_starts, number = slow_row(documents, number, len(row) - 1, 90)
+            assert row.tolist() == wanted and starts.tolist() == wanted_starts
+    assert number > 5 * len(documents)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Shuffled rows
+
+
+def numbered_stream(folder, tokens: int) -> TokenStream:
+    """A stream in which each token is its own position and nothing separates documents."""
+    folder.mkdir(exist_ok=True)
+    return TokenStream(str(write_shard(folder / "part_000.bin", np.arange(tokens), 65_536, 65_535)))
+
+
+def rows_of_steps(stream, config) -> list[int]:
+    """Numbers of the rows that the steps take, in order; the rows of `numbered_stream` tell where they begin."""
+    return [int(row[0][0]) // config.row_tokens[0] for rows, _ in step_rows(stream, config) for row in rows]
+
+
+FIVE_ROWS = {"row_tokens": 128, "tokens_per_step": 640}
 
 
 def test_in_order_rows_follow_each_other(tmp_path):
-    config = configuration(tmp_path, shuffle="false", row_tokens=128, tokens_per_step=640)
-    assert rows_of_steps(config, 10_000, 9) == list(range(45))
+    config = configuration(tmp_path, shuffle="false", steps=9, **FIVE_ROWS)
+    assert rows_of_steps(numbered_stream(tmp_path, 10_000), config) == list(range(45))
 
 
-@pytest.mark.parametrize("stream_tokens, whole", [(7 * 128 + 1, 7), (8 * 128, 7), (20 * 128 + 50, 20)])
-def test_shuffled_every_whole_row_is_dealt_out_once_per_pass(tmp_path, stream_tokens, whole):
-    config = configuration(tmp_path, shuffle="true", row_tokens=128, tokens_per_step=640, seed=3)
-    rows = rows_of_steps(config, stream_tokens, 3 * whole)  # 15 passes; steps straddle their borders
+@pytest.mark.parametrize("tokens, whole", [(7 * 128 + 1, 7), (8 * 128, 7), (20 * 128 + 50, 20), (129, 1)])
+def test_shuffled_every_whole_row_is_dealt_out_once_per_pass(tmp_path, tokens, whole):
+    config = configuration(tmp_path, shuffle="true", seed=3, steps=3 * whole, **FIVE_ROWS)
+    rows = rows_of_steps(numbered_stream(tmp_path, tokens), config)  # 15 passes; steps straddle their borders
     passes = [rows[begin:begin + whole] for begin in range(0, len(rows), whole)]
-    assert all(sorted(one) == list(range(whole)) for one in passes)
-    assert len(set(map(tuple, passes))) > 10  # each in another order
+    assert len(passes) == 15 and all(sorted(one) == list(range(whole)) for one in passes)
+    assert whole == 1 or len(set(map(tuple, passes))) > 10  # each in another order
 
 
 def test_the_seed_decides_the_order(tmp_path):
-    settings = {"shuffle": "true", "row_tokens": 128, "tokens_per_step": 640}
-    first, again, other = (rows_of_steps(configuration(tmp_path, **settings, seed=seed), 100 * 128 + 1, 20)
-                           for seed in (1, 1, 2))
+    stream, settings = numbered_stream(tmp_path, 100 * 128 + 1), {"shuffle": "true", "steps": 20, **FIVE_ROWS}
+    first, again, other = (rows_of_steps(stream, configuration(tmp_path, **settings, seed=seed)) for seed in (1, 1, 2))
     assert first == again != other
+
+
+def test_shuffled_rows_of_whole_documents_are_those_in_order(tmp_path):
+    """Each row that lies within the stream once per deal; the last one, which the end cuts, in none."""
+    pieces = [random_documents(3000, seed=6)]
+    stream, documents = TokenStream(write_shards(tmp_path, pieces)), documents_of(pieces)
+    in_order, number = [], 0
+    while number < len(documents):
+        row, _, number = slow_row(documents, number, 128, 50)
+        in_order.append(tuple(row))
+    assert number > len(documents)  # the last row runs on into the first document
+    in_order.pop()
+    count = len(in_order)
+    changes = {"row_tokens": 128, "tokens_per_step": 128 * count, "steps": 3, "extension": 0}
+    config = recipe(tmp_path, shuffle="true", document_tokens=50, **changes)
+    deals = [[tuple(row.tolist()) for row, *_ in rows] for rows, _ in step_rows(stream, config)]
+    assert all(Counter(deal) == Counter(in_order) for deal in deals)
+    assert deals[0] != deals[1] != deals[2] and deals[0] != in_order
+
+
+def test_a_new_size_of_rows_is_dealt_anew(tmp_path):
+    config = recipe(tmp_path, shuffle="true", long_documents="continue", document_tokens=0, seed=5)
+    stream = numbered_stream(tmp_path, 24 * 384 + 1)
+    by_size = {tokens: [] for tokens, _ in SIZES}
+    for (rows, _), (tokens, count) in zip(step_rows(stream, config), SIZES, strict=True):
+        assert len(rows) == count
+        for row, *_ in rows:
+            assert row[0] % tokens == 0 and np.array_equal(row, np.arange(row[0], row[0] + tokens + 1))
+            by_size[tokens].append(int(row[0]) // tokens)
+    assert [len(set(rows)) for rows in by_size.values()] == [24, 24, 24]  # 48 rows of the last size: 24 twice
+    assert sorted(by_size[384]) == sorted([*range(24)] * 2)

@@ -1,9 +1,13 @@
 """What test_processes.py starts in several processes: torchrun ... worker.py TASK. Its jobs come in a file."""
 
+import dataclasses
 import json
 import os
 import sys
+import time
 from pathlib import Path
+
+import torch
 
 import train_gpt2
 
@@ -20,19 +24,30 @@ def jobs(path: str) -> None:
     for name in job["models"]:
         model, saved = train_gpt2.load_model(name)
         stream = train_gpt2.TokenStream(model.config.val_files)
-        tokens = model.config.val_tokens
-        validated[name] = {rows: train_gpt2.validate(model, stream, tokens, rows, saved["step"], processes)
-                           for rows in job["micro"]}
+        config, validated[name] = model.config, {}
+        for rows in job["micro"]:
+            model.config = dataclasses.replace(config, micro_tokens=rows * config.val_row_tokens)
+            validated[name][rows] = train_gpt2.validate(model, stream, config.val_tokens, saved["step"], processes)
     if processes.rank == 0:
         Path(path).with_name("validated.json").write_text(json.dumps(validated))
 
 
-def order(out: str, *arguments: str) -> None:
-    """One step in two micro-batches. Each process writes what happened in which order, as OUT/order_RANK.json."""
+def prepared(arguments: tuple[str, ...]):
+    """Model, groups, processes, and this process's batch of each step."""
     config = train_gpt2.parse_command_line(list(arguments))
     processes = train_gpt2.start_processes(config)
     stream = train_gpt2.TokenStream(config.train_files)
-    model, events = train_gpt2.GPT(config, stream.vocabulary, train_gpt2.compute_dtype(config, processes.device)), []
+    dtype = train_gpt2.compute_dtype(config, processes.device)
+    model = train_gpt2.GPT(config, stream.vocabulary, dtype)
+    batches = list(train_gpt2.step_batches(stream, config, processes))
+    return model, lambda: train_gpt2.optimizer_groups(model, config, dtype, processes), processes, batches
+
+
+def order(out: str, steps: str, *arguments: str) -> None:
+    """These steps of a run, in micro-batches. Each process writes what happened in which order during each of them, as
+    OUT/order_RANK.json."""
+    model, groups_of, processes, batches = prepared(arguments)
+    events = []
     for name, parameter in model.named_parameters():
         parameter.register_post_accumulate_grad_hook(lambda _, name=name: events.append(["gradient", name]))
 
@@ -53,11 +68,44 @@ def order(out: str, *arguments: str) -> None:
     Group = train_gpt2.Group
     real_reduce, real_wait, real_apply_updates = Group.reduce, Group.wait, train_gpt2.apply_updates
     Group.reduce, Group.wait, train_gpt2.apply_updates = reduce, wait, apply_updates
-    groups = train_gpt2.optimizer_groups(model, config, model.embedding.dtype, processes)
-    rows = config.tokens_per_step // config.row_tokens // processes.world
-    batch = train_gpt2.read_rows(stream, processes.rank * rows * config.row_tokens, rows, config.row_tokens, 10**9)
-    train_gpt2.train_step(model, groups, batch, rows // 2, 0)
-    Path(out, f"order_{processes.rank}.json").write_text(json.dumps(events))
+    groups, happened = groups_of(), {}
+    for step in map(int, steps.split(",")):
+        events.clear()
+        train_gpt2.train_step(model, groups, batches[step], step)
+        happened[step] = list(events)
+    Path(out, f"order_{processes.rank}.json").write_text(json.dumps(happened))
+
+
+def warm(out: str, *arguments: str) -> None:
+    """Warm up after two steps, then take one more. Each process writes what it did when, and whether all its numbers
+    were put back, as OUT/warm_RANK.json. The first process is slow, so that the other would overtake it if it could."""
+    model, groups_of, processes, batches = prepared(arguments)
+    groups, events = groups_of(), []
+    for step in range(2):
+        train_gpt2.train_step(model, groups, batches[step], step)
+
+    def noted(kind: str, call):
+        def with_times(*anything, **settings):
+            begin = time.monotonic()
+            result = call(*anything, **settings)
+            if kind == "step" and processes.rank == 0:
+                time.sleep(0.1)
+            events.append([kind, begin, time.monotonic()])
+            return result
+        return with_times
+
+    for module, name in ((train_gpt2, "reduce_scatter"), (train_gpt2, "all_gather"), (train_gpt2.dist, "all_reduce"),
+                         (train_gpt2.dist, "broadcast")):
+        setattr(module, name, noted("exchange", getattr(module, name)))
+    train_gpt2.train_step = noted("step", train_gpt2.train_step)
+    numbers = [tensor for group in groups.values() for tensor in (group.weights, group.gradients, *group.state)]
+    before = [tensor.clone() for tensor in numbers]
+    train_gpt2.warm_up(model, groups, processes, lambda step: batches[step], lambda step: None)
+    torch.compiler.set_stance("default")
+    restored = all(map(torch.equal, numbers, before))
+    events.append(["warm", 0, time.monotonic()])
+    train_gpt2.train_step(model, groups, batches[2], 2)
+    Path(out, f"warm_{processes.rank}.json").write_text(json.dumps({"events": events, "restored": restored}))
 
 
 def lose_shard(*arguments: str) -> None:
@@ -74,6 +122,6 @@ def lose_shard(*arguments: str) -> None:
 
 
 if __name__ == "__main__":
-    {"jobs": jobs, "order": order, "lose_shard": lose_shard}[sys.argv[1]](*sys.argv[2:])
+    {"jobs": jobs, "order": order, "warm": warm, "lose_shard": lose_shard}[sys.argv[1]](*sys.argv[2:])
     if train_gpt2.dist.is_initialized():
         train_gpt2.dist.destroy_process_group()
