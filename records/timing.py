@@ -192,7 +192,7 @@ class Shapes(NamedTuple):
 
     def matrices(self) -> int:
         """Weights of the blocks: what Muon trains."""
-        return sum(p.numel() for name, p in self.parameters.items() if name.startswith("blocks."))
+        return sum(p.numel() for name, p in self.parameters.items() if name.startswith("blocks.") and p.dim() == 3)
 
 
 @functools.cache
