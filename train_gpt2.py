@@ -18,10 +18,10 @@ K = D / H, V vocabulary, L layers. A technique says which record of the NanoGPT 
 import ctypes
 import dataclasses
 import difflib
-import functools
 import glob
 import importlib.util
 import json
+import logging
 import math
 import os
 import platform
@@ -56,11 +56,11 @@ class Refusal(SystemExit):
 
 
 def setting(default, unit: str, reason: str, low: float = 0, high: float = math.inf):
-    """Lists "by stage" hold one value for each part of the run, the last goes on; other lists as many as the default."""
+    """Lists "by stage" hold a value for each part of the run, the last goes on; other lists as many as the default."""
     return field(default=default, metadata={"unit": unit, "reason": reason, "low": low, "high": high})
 
 
-ADAM = "rate,beta1,beta2,decay"
+Ints, Floats, ADAM = tuple[int, ...], tuple[float, ...], "rate,beta1,beta2,decay"
 
 
 @dataclass(frozen=True)
@@ -80,9 +80,9 @@ class Config:
     steps: int = setting(1600, "updates", "length of the run; schedules stretch with it", 1)
     extension: float = setting(40 / 1600, "of steps", "end of the run beyond the schedule: rates stay at their floor",
                                0, 0.9)
-    tokens_per_step: tuple[int, ...] = setting((131_072, 262_144, 393_216), "tokens, by stage",
+    tokens_per_step: Ints = setting((131_072, 262_144, 393_216), "tokens, by stage",
                                                "batch of one update, over all processes", 1)
-    row_tokens: tuple[int, ...] = setting((16_384, 32_768, 49_152), "tokens, by stage",
+    row_tokens: Ints = setting((16_384, 32_768, 49_152), "tokens, by stage",
                                           "packed sequence that attention sees at once", 1)
     micro_tokens: int = setting(0, "tokens", "most per forward pass, one row at least; 0: 65,536, on a CPU 1,024")
     recompute: bool = setting(False, "true|false", "recompute block activations in backward, for small memories")
@@ -96,12 +96,12 @@ class Config:
     heads: int = setting(6, "count", "attention heads", 1)
     width: int = setting(768, "channels", "residual stream", 2)
     mlp_ratio: int = setting(4, "times width", "hidden channels of the MLP", 1)
-    window: tuple[int, ...] = setting((384, 896, 1408, 1664), "tokens, by stage", "how far back a query sees", 1)
-    window_short: tuple[int, ...] = setting((128, 384, 640, 768), "tokens, by stage", "the same in --short-layers", 1)
+    window: Ints = setting((384, 896, 1408, 1664), "tokens, by stage", "how far back a query sees", 1)
+    window_short: Ints = setting((128, 384, 640, 768), "tokens, by stage", "the same in --short-layers", 1)
     window_final: int = setting(2560, "tokens", "window of the last validation; 0: that of training")
-    short_layers: tuple[int, ...] = setting((0, 1, 2, 4, 5, 7, 8, 9), "layers", "layers with the short window")
-    paired_layers: tuple[int, ...] = setting((0, 2, 5, 9), "layers", "layers whose heads attend in pairs over 2 T positions")
-    attention_free: tuple[int, ...] = setting((6,), "layers", "layers that are an MLP only")
+    short_layers: Ints = setting((0, 1, 2, 4, 5, 7, 8, 9), "layers", "layers with the short window")
+    paired_layers: Ints = setting((0, 2, 5, 9), "layers", "layers whose heads attend in pairs over 2 T positions")
+    attention_free: Ints = setting((6,), "layers", "layers that are an MLP only")
     qk_norm: bool = setting(True, "true|false", "normalise queries and keys per head: attention logits stay bounded")
     attention_scale: float = setting(0.1, "-", "softmax scale in the first stage; 0: 1 / sqrt(head width)")
     rotary_base: float = setting(1024 ** (32 / 31), "-", "slowest rotary wavelength / 2 pi, about", 1)
@@ -110,7 +110,7 @@ class Config:
     key_offset: bool = setting(True, "true|false", "long-window keys: the still channels come from the token before")
     attention_gates: bool = setting(True, "true|false", "each head can close itself, seeing 12 channels")
     attention_mix: bool = setting(True, "true|false", "learned scalars on attention's input and output matrices")
-    value_layers: tuple[int, ...] = setting((0, 1, 8, 9, 10), "layers", "layers that add an embedding of the token to values")
+    value_layers: Ints = setting((0, 1, 8, 9, 10), "layers", "layers that add an embedding of the token to values")
     value_tables: int = setting(3, "count", "tables of these embeddings, taken in turn", 1)
     value_gates: bool = setting(True, "true|false", "each head weighs its value embedding, seeing 12 channels")
     value_residual: bool = setting(False, "true|false", "each layer mixes layer 0's values into its own")
@@ -118,12 +118,12 @@ class Config:
     smear: bool = setting(True, "true|false", "each token's embedding takes up some of the one before")
     x0_shortcut: bool = setting(True, "true|false", "each block mixes the embedding back into the stream")
     residual_init: float = setting(1.1, "-", "first weight of the stream in that mixture")
-    gated_skip: tuple[int, ...] = setting((3, 6), "layers", "a layer's output is added, gated, before a later one")
+    gated_skip: Ints = setting((3, 6), "layers", "a layer's output is added, gated, before a later one")
     unet_skips: bool = setting(False, "true|false", "feed the first half's outputs to the second half, mirrored")
-    backout: tuple[int, ...] = setting((7,), "layers", "layer whose output is in part subtracted before the head")
+    backout: Ints = setting((7,), "layers", "layer whose output is in part subtracted before the head")
     rms_epsilon: float = setting(2.0**-23, "-", "added to the mean square before its root")
-    softcap: tuple[float, ...] = setting((11.5, 15.0, 5.0), "height,range,shift",
-                                         "logits become height x tanh((logit + shift) / range); height 0: off")
+    softcap: Floats = setting((11.5, 15.0, 5.0), "height,range,shift",
+                              "logits become height x tanh((logit + shift) / range); height 0: off")
     predicted_tokens: int = setting(3, "count", "tokens ahead that are predicted in the first stage, later fewer", 1)
     tied_until: float = setting(2 / 3, "of schedule", "embedding and head are one table till then; 0: never", 0, 1)
     attention_init: float = setting(1.0, "/ sqrt(width)", "spread of the first query, key and value weights")
@@ -131,7 +131,7 @@ class Config:
     # the optimizers
     muon_lr: float = setting(0.023, "-", "block matrices: step length in units of an orthogonal matrix")
     muon_momentum: float = setting(0.95, "-", "momentum of Muon in the middle of the run", 0, 0.9999)
-    muon_momentum_start: float = setting(0.85, "-", "momentum at both ends; equal to muon_momentum: constant", 0, 0.9999)
+    muon_momentum_start: float = setting(0.85, "-", "at both ends; equal to muon_momentum: constant", 0, 0.9999)
     momentum_warmup: float = setting(300 / 1600, "of steps", "length of its rise", 0, 1)
     momentum_cooldown: float = setting(50 / 1600, "of steps", "length of its fall at the end; 0: none", 0, 1)
     orthogonaliser: str = setting("polar-express", "polar-express|newton-schulz|none", "Muon's iteration")
@@ -139,16 +139,16 @@ class Config:
     muon_decay: float = setting(1.2, "-", "cautious weight decay, times the rate twice; 0: none")
     down_scale: float = setting(4.0, "-", "factor on the step of the MLP's down matrices")
     split_precision: bool = setting(True, "true|false", "bfloat16 matrices, their 16 low bits beside the optimizer")
-    adam_embedding: tuple[float, ...] = setting((0.008, 0.5, 0.95, 0.75), ADAM, "Adam, token embedding once it is untied")
-    adam_head: tuple[float, ...] = setting((0.008, 0.5, 0.95, 0.75), ADAM, "Adam, output head, and embedding while tied")
-    adam_tables: tuple[float, ...] = setting((0.6, 0.75, 0.95, 0.025), ADAM, "Adam, value embeddings and bigram table")
-    adam_gates: tuple[float, ...] = setting((0.008, 0.9, 0.99, 0.005), ADAM, "Adam, gates")
-    adam_x0: tuple[float, ...] = setting((0.04, 0.65, 0.95, 0.0), ADAM, "Adam, weights of the embedding in the stream")
-    adam_scalars: tuple[float, ...] = setting((0.04, 0.9, 0.99, 0.0), ADAM, "Adam, the other mixing weights")
+    adam_embedding: Floats = setting((0.008, 0.5, 0.95, 0.75), ADAM, "Adam, token embedding once it is untied")
+    adam_head: Floats = setting((0.008, 0.5, 0.95, 0.75), ADAM, "Adam, output head, and embedding while tied")
+    adam_tables: Floats = setting((0.6, 0.75, 0.95, 0.025), ADAM, "Adam, value embeddings and bigram table")
+    adam_gates: Floats = setting((0.008, 0.9, 0.99, 0.005), ADAM, "Adam, gates")
+    adam_x0: Floats = setting((0.04, 0.65, 0.95, 0.0), ADAM, "Adam, weights of the embedding in the stream")
+    adam_scalars: Floats = setting((0.04, 0.9, 0.99, 0.0), ADAM, "Adam, the other mixing weights")
     adam_epsilon: float = setting(1e-10 / 16_384, "-", "added to the root of the bias-corrected squares")
     adam_every: int = setting(2, "steps", "Adam updates once in so many steps, with their summed gradients", 1)
     cooldown: float = setting(0.55, "of schedule", "last part, rates linear to their floor; 0: none", 0, 1)
-    rate_levels: tuple[float, ...] = setting((1.0, 1.52, 1.73), "-, by stage", "factor on all rates: grows with the batch")
+    rate_levels: Floats = setting((1.0, 1.52, 1.73), "-, by stage", "factor on all rates: grows with the batch")
     rate_floor: float = setting(0.1, "-", "what remains of the rates at the end")
     # the machine
     seed: int = setting(0, "-", "seed of the initial weights and of the shuffle", 0, 2**63 - 1)
@@ -289,6 +289,9 @@ def check_config(config: Config) -> None:
         refuse("gated_skip", "does not lead from one layer to a later one", ())
     if config.gated_skip and config.unet_skips:
         refuse("gated_skip", "does not go with --unet-skips true", ())
+    if config.value_residual and 0 in config.attention_free:
+        refuse("attention_free", "leaves no values of layer 0 to mix in (--value-residual false does without)",
+               tuple(layer for layer in config.attention_free if layer))
     if len(config.backout) > 1:
         refuse("backout", "is more than one layer", config.backout[:1])
     if config.softcap[0] and not config.softcap[1]:
@@ -299,13 +302,14 @@ def check_config(config: Config) -> None:
 
 def check_processes(config: Config, world: int) -> None:
     """Raises Refusal, with the nearest valid number, where the processes cannot share the rows of a step."""
-    for stage in range(4):
-        row_tokens = value_at(config.row_tokens, stage)
-        rows = value_at(config.tokens_per_step, stage) // row_tokens
-        if rows % world:
-            near = max(n for n in range(1, world + 1) if rows % n == 0)
-            raise Refusal(f"{world} processes cannot share {rows} rows per step; the nearest is --nproc_per_node={near}"
-                          f", or --tokens-per-step {math.ceil(rows / world) * world * row_tokens}")
+    stages = range(max(len(config.tokens_per_step), len(config.row_tokens)))
+    sizes = [value_at(config.row_tokens, stage) for stage in stages]
+    rows = tuple(value_at(config.tokens_per_step, stage) // sizes[stage] for stage in stages)
+    if math.gcd(*rows) % world:
+        near = max(n for n in range(1, world + 1) if math.gcd(*rows) % n == 0)
+        more = tuple(math.ceil(count / world) * world * size for count, size in zip(rows, sizes, strict=True))
+        raise Refusal(f"{world} processes cannot share {spelled(rows)} rows per step; the nearest is "
+                      f"--nproc_per_node={near}, or --tokens-per-step {spelled(more)}")
 
 
 def rows_at_once(config: Config, row_tokens: int, device: torch.device) -> int:
@@ -477,11 +481,11 @@ def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
 
 
 def float8_head(config: Config, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether the head's products are taken in float8 while training. Raises Refusal where that is asked for in vain."""
+    """Whether the head's products are taken in float8 while training. Raises Refusal if asked for in vain."""
     fits = dtype == torch.bfloat16 and config.width % 16 == config.loss_chunk % 16 == 0
     if config.head_dtype == "float8" and not fits:
-        raise Refusal("--head-dtype float8 takes --dtype bfloat16, and --width and --loss-chunk in multiples of 16, found "
-                      f"{str(dtype)[6:]}, {config.width} and {config.loss_chunk}; mend that, or give --head-dtype wide")
+        raise Refusal("--head-dtype float8 takes --dtype bfloat16, and --width and --loss-chunk in multiples of 16, "
+                      f"found {str(dtype)[6:]}, {config.width}, {config.loss_chunk}; or give --head-dtype wide")
     has_it = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
     return config.head_dtype == "float8" or (config.head_dtype == "auto" and has_it and fits)
 
@@ -535,8 +539,8 @@ def open_shard(path: str | Path) -> Shard:
     vocabulary = vocabulary or GPT2_VOCABULARY
     separator = separator or (GPT2_SEPARATOR if vocabulary > GPT2_SEPARATOR else 0)
     if not 0 < vocabulary <= 65_536 or not 0 <= separator < vocabulary:
-        raise damaged(path, f"states a vocabulary of {vocabulary} with separator {separator}, expected at most 65536 and "
-                            "a separator within it")
+        raise damaged(path, f"states a vocabulary of {vocabulary} with separator {separator}, expected at most 65536 "
+                            "and a separator within it")
     return Shard(str(path), count, vocabulary, separator)
 
 
@@ -807,7 +811,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask | list[Spa
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Model. In: a batch of rows and their masks. Out: the last hidden state (R, T, D), from which the loss takes the logits.
+# Model. In: a batch of rows and their masks. Out: the last hidden state (R, T, D), which the loss takes to logits.
 
 GATE_CHANNELS = 12  # of the stream or of its norm, that a gate looks at (all, where there are fewer)
 
@@ -825,7 +829,7 @@ def gate(x: Tensor, weight: Tensor) -> Tensor:
 
 def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     """Rotary position embedding (RoFormer): of the first 2 n channels of (R, T, heads, K), j and j + n turn together by
-    their position's angle; (T, heads or 1, n) cosines and sines. The other channels stay still (half-truncated, #17)."""
+    their position's angle; cosines and sines (T, heads or 1, n). The others stay still (half-truncated, #17)."""
     turning = cosine.shape[-1]
     low, high, still = x.split((turning, turning, x.shape[-1] - 2 * turning), dim=-1)
     return torch.cat((low * cosine + high * sine, high * cosine - low * sine, still), dim=-1)
@@ -838,7 +842,7 @@ def previous(x: Tensor) -> Tensor:
 
 def offset_keys(key: Tensor, turning: int, alone: Tensor) -> Tensor:
     """Partial key offset (#49): the still channels of a key (R, T, H, K) come from the token before, so that one layer
-    can find what followed an earlier occurrence of a token (induction). `alone`: (R, T) bool, tokens that keep theirs."""
+    can find what followed an earlier occurrence of a token (induction). `alone`: (R, T) bool, which keep theirs."""
     moving, still = key.split((turning, key.shape[-1] - turning), dim=-1)
     return torch.cat((moving, torch.where(alone[..., None, None], still, previous(still))), dim=-1)
 
@@ -911,8 +915,9 @@ class Block(nn.Module):
         self.into = weight(first=0.5, used=layer.attends and config.attention_mix)
         self.out = weight(first=1.0, used=layer.attends and config.attention_mix)
         self.value_mix = weight(first=0.5, used=layer.mixes)
-        self.attention_gate = weight(config.heads, min(GATE_CHANNELS, width), used=layer.attends and config.attention_gates)
-        self.value_gate = weight(config.heads, min(GATE_CHANNELS, width), used=layer.table is not None and config.value_gates)
+        seen = min(GATE_CHANNELS, width)
+        self.attention_gate = weight(config.heads, seen, used=layer.attends and config.attention_gates)
+        self.value_gate = weight(config.heads, seen, used=layer.table is not None and config.value_gates)
 
     def forward(self, x: Tensor, shared: Shared, mask, skip: Tensor | None, first_value: Tensor | None,
                 embedded: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -1042,7 +1047,7 @@ class GPT(nn.Module):
         self.loss_of_chunk = torch.compile(loss_of_chunk, dynamic=False, fullgraph=True)
 
     def forward(self, inputs: Tensor, starts: Tensor, masks: dict) -> Tensor:
-        """(R, T) int32, (R, T) bool and `attention_masks` of these rows -> (R, T, D), normalised, ready for the head."""
+        """(R, T) int32, (R, T) bool and `attention_masks` of these rows -> (R, T, D), normed, ready for the head."""
         config, epsilon = self.config, self.config.rms_epsilon
         alone = torch.zeros_like(starts) if config.cross_document else starts.clone()
         alone[:, 0] = True
@@ -1075,7 +1080,7 @@ class GPT(nn.Module):
             x = x - self.backout_mix * outputs[source]
         return rms_norm(x, epsilon)
 
-    def loss(self, batch: Batch, masks: dict, weights: tuple[float, ...] | list[float] = (1.0,)) -> tuple[Tensor, Tensor]:
+    def loss(self, batch: Batch, masks: dict, weights: Floats | list[float] = (1.0,)) -> tuple[Tensor, Tensor]:
         """Sums, not means, of cross-entropies in nats, 0-dimensional, at least float32: of the next `len(weights)`
         tokens of every token, weighted, for training; of the next token alone, without a gradient, to report."""
         hidden, ahead = self(batch.inputs, batch.starts, masks).flatten(0, 1), range(len(weights))
@@ -1109,7 +1114,7 @@ HIDDEN_UNIT, HEAD_UNIT, SLOPE_UNIT = 100 / 448, 1.6 / 448, 0.75 / 448
 
 
 def float8(x: Tensor, unit: float, kind: torch.dtype) -> Tensor:
-    """x / unit, clipped: beyond its range a cast gives the largest value, infinity or NaN, depending on kind and GPU."""
+    """x / unit, clipped: beyond its range a cast gives the largest value, infinity or NaN, as the kind has it."""
     most = torch.finfo(kind).max
     return (x / unit).clamp(-most, most).to(kind)
 
@@ -1120,7 +1125,7 @@ def scaled_product(a: Tensor, b: Tensor, unit: float, dtype: torch.dtype, fast: 
     return torch._scaled_mm(a, b.mT, scale_a=one * unit, scale_b=one, out_dtype=dtype, use_fast_accum=fast)
 
 
-def softcap(raw: Tensor, cap: tuple[float, ...]) -> tuple[Tensor, Tensor | float]:
+def softcap(raw: Tensor, cap: Floats) -> tuple[Tensor, Tensor | float]:
     """Logits h tanh((raw + shift) / range) and their slope; h = 0: as they are. The cap keeps the model from being too
     sure (Gemma 2, #18), the shift leaves room for unlikely tokens: (11.5, 15, 5) is #54's 23 sigmoid((raw + 5) / 7.5)
     less 11.5, which no softmax sees."""
@@ -1132,7 +1137,7 @@ def softcap(raw: Tensor, cap: tuple[float, ...]) -> tuple[Tensor, Tensor | float
 
 
 def loss_of_chunk(hidden: Tensor, head: Tensor, turned_head: Tensor | None, targets: Tensor, weights: list[Tensor],
-                  cap: tuple[float, ...], with_gradient: bool):
+                  cap: Floats, with_gradient: bool):
     """(n, D), (V, D), (n, k) -> (weighted loss, that of the next token alone); with_gradient also the gradients of the
     former, (n, D) and (V, D). A float8 head comes with its transpose (D, V), and all three products are in float8."""
     narrow, wide = hidden.dtype, at_least_float32(hidden.dtype)
@@ -1241,7 +1246,8 @@ class Group:
 
     def spread(self, values: list, lengths: list[int]) -> Tensor:
         """One value (or tuple of them) for each parameter -> this process's slice of one for each item."""
-        each = torch.tensor(values, dtype=at_least_float32(self.shard.dtype)).repeat_interleave(torch.tensor(lengths), 0)
+        each = torch.tensor(values, dtype=at_least_float32(self.shard.dtype))
+        each = each.repeat_interleave(torch.tensor(lengths), 0)
         padding = each.new_zeros(len(self.weights) - len(each), *each.shape[1:])
         return torch.cat((each, padding))[self.mine].to(self.shard.device)
 
@@ -1338,7 +1344,7 @@ def split(wide: Tensor) -> tuple[Tensor, Tensor]:
 def muon_update(weight: Tensor, gradient: Tensor, momentum: Tensor, average: Tensor, low: Tensor | None, scale: Tensor,
                 rate: Tensor, inertia: Tensor, decay: float, beta2: float, kind: str, dtype: torch.dtype) -> None:
     """Nesterov momentum in average form, orthogonalised, its rows equalised; all (matrices, rows, columns), in place.
-    Weights decay where the update shrinks them anyway (cautious, #43): by the rate twice, of which one has the scale."""
+    Weights decay where the update shrinks them anyway (cautious, #43): by the rate twice, once with the scale."""
     gradient = gradient.to(momentum.dtype)
     momentum.mul_(inertia).add_(gradient * (1 - inertia))
     update = orthogonalise(momentum * inertia + gradient * (1 - inertia), kind, dtype).to(momentum.dtype)
@@ -1531,7 +1537,7 @@ def warm_up(model: GPT, groups: dict[str, Group], processes: Processes, batch_of
     """
     begin, config, tied = time.perf_counter(), model.config, model.tied
     torch.compiler.set_stance("default")
-    changed = [tensor for group in groups.values() for tensor in (group.weights, *group.state)]
+    changed = [tensor for group in groups.values() for tensor in (group.weights, group.gradients, *group.state)]
     kept = [tensor.to("cpu", copy=True) for tensor in changed]  # not on the GPU: they would count as its peak memory
     first = [0, *stage_borders(config)]
     steps = sorted({step + i for step in first for i in range(config.adam_every) if step + i < config.steps})
@@ -1547,7 +1553,6 @@ def warm_up(model: GPT, groups: dict[str, Group], processes: Processes, batch_of
         processes.barrier()
     for group in groups.values():
         group.processes = processes
-        group.gradients.zero_()  # some may still wait for Adam
     for tensor, original in zip(changed, kept, strict=True):
         tensor.copy_(original)
     model.tied = tied
@@ -1641,21 +1646,30 @@ def peak_memory(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
-def load_compile_cache(config: Config) -> str | None:
-    """Give the compiler what the newest run with a cache has left: a restart then compiles in seconds. Returns its path.
-    What was made for other code, another torch or another GPU is simply not found in it."""
+def load_compile_cache(config: Config) -> str:
+    """Give the compiler what the newest run with a cache has left: a restart then compiles in seconds. What was made
+    for other code, another torch or another GPU is simply not found in it. Returns what to say of it."""
     caches = sorted(Path(config.out).glob("*/compile_cache.bin"))
     if not caches:
-        return None
-    torch.compiler.load_cache_artifacts(caches[-1].read_bytes())
-    return str(caches[-1])
+        return "the first time takes minutes"
+    logging.getLogger("torch.compiler._cache").setLevel(logging.CRITICAL)  # a damaged file is worth no traceback
+    try:
+        found = torch.compiler.load_cache_artifacts(caches[-1].read_bytes())
+    except OSError:
+        found = None
+    return f"reusing {caches[-1]}" if found else f"{caches[-1]} is damaged and not used: it takes minutes"
 
 
-def save_compile_cache(path: Path) -> None:
-    """What the compiler made in this process, into the run folder."""
+def save_compile_cache(path: Path) -> str:
+    """What the compiler made in this process, into the run folder. Returns what to say of it."""
     artifacts = torch.compiler.save_cache_artifacts()
-    if artifacts is not None:
-        path.write_bytes(artifacts[0])
+    try:
+        if artifacts is not None:
+            path.write_bytes(artifacts[0])
+        return f"kept in {path}"
+    except OSError as error:  # no reason to stop a run
+        path.unlink(missing_ok=True)
+        return f"not kept: {path}: {error.strerror}"
 
 
 def save_model(path: Path, model: GPT, stream: TokenStream, step: int, val_loss: float) -> None:
@@ -1708,7 +1722,10 @@ def open_data(config: Config) -> tuple[TokenStream, TokenStream, int]:
     needed = 0 if config.repeat else tokens_needed(train, config)
     if needed > train.tokens:
         shards = len(train.shards) + math.ceil((needed - train.tokens) / max(s.tokens for s in train.shards))
-        most = config.steps * train.tokens // needed
+        most, needs = config.steps, needed
+        while most and needs > train.tokens:  # the borders of the stages are rounded
+            most = min(most - 1, most * train.tokens // needs)
+            needs = tokens_needed(train, dataclasses.replace(config, steps=most)) if most else 0
         raise Refusal(f"the run needs {needed:,} training tokens, {config.train_files} holds {train.tokens:,}; get "
                       f"more: {shard_command(config.train_files, shards)}; or give --repeat true"
                       + f" or --steps {most}" * (most > 0))
@@ -1778,13 +1795,12 @@ def train(config: Config, processes: Processes) -> Path | None:
         for group in groups.values():
             group.compile_update()
         cache, alone = load_compile_cache(config), Processes(0, 1, processes.device)
-        log.line(f"compiling for every stage; {f'reusing {cache}' if cache else 'the first time takes minutes'}")
+        log.line(f"compiling for every stage; {cache}")
         seconds = warm_up(model, groups, processes,
                           lambda step: next(prefetched(step_batches(stream, config, processes, step), processes)),
                           lambda step: validate(model, val_stream, 1, step, alone))
-        if log.folder is not None:
-            save_compile_cache(log.folder / "compile_cache.bin")
-        log.line(f"compiled in {seconds:.0f} s, untimed")
+        kept = save_compile_cache(log.folder / "compile_cache.bin") if log.folder is not None else ""
+        log.line(f"compiled in {seconds:.0f} s, untimed, {kept}")
 
     clock, underway = Clock(processes), deque()  # the losses of steps that the device has been given but not read
     on_gpu = processes.device.type == "cuda"

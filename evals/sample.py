@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from train_gpt2 import GPT, GPT2_SEPARATOR, GPT2_VOCABULARY, Refusal, attention_mask, load_model  # noqa: E402
+from train_gpt2 import (GPT, GPT2_SEPARATOR, GPT2_VOCABULARY, Refusal, attention_masks, load_model,  # noqa: E402
+                        windows_at)
 
 BYTES_VOCABULARY, BYTES_SEPARATOR = 257, 256
 
@@ -39,9 +40,11 @@ def generate(model: GPT, tokens: list[int], separator: int, count: int, temperat
     Temperature 0 takes the likeliest token. The context is the last row_tokens tokens, as in training.
     """
     draw, device, tokens = torch.Generator().manual_seed(seed), model.embedding.device, list(tokens)
+    row = max(model.config.row_tokens)
     for _ in range(count):
-        context = torch.tensor(tokens[-model.config.row_tokens:], device=device)[None]
-        hidden = model(context, attention_mask(model, context == separator, model.config.window))
+        context = torch.tensor(tokens[-row:], device=device, dtype=torch.int32)[None]
+        starts = context == separator
+        hidden = model(context, starts, attention_masks(model, starts, windows_at(model.config.steps, model.config)))
         logits = model.logits(hidden[0, -1]).float().cpu()
         if temperature == 0:
             token = int(logits.argmax())

@@ -57,9 +57,10 @@ def test_every_spelling_of_an_option(arguments):
 
 @pytest.mark.parametrize("name, text, value", [
     ("steps", "17", 17), ("muon_lr", "1e-3", 1e-3), ("out", "a=b", "a=b"), ("repeat", "true", True),
-    ("repeat", "false", False), ("qk_norm", "false", False), ("dtype", "float64", "float64"), ("compile", "none", "none"),
-    ("window", "64", (64,)), ("window", "64,96", (64, 96)), ("window_short", "1,2,3,4", (1, 2, 3, 4)),
-    ("rate_levels", "1,2.5", (1.0, 2.5)), ("softcap", "0,1,0", (0.0, 1.0, 0.0)),
+    ("repeat", "false", False), ("qk_norm", "false", False), ("dtype", "float64", "float64"),
+    ("compile", "none", "none"), ("window", "64", (64,)), ("window", "64,96", (64, 96)),
+    ("window_short", "1,2,3,4", (1, 2, 3, 4)), ("rate_levels", "1,2.5", (1.0, 2.5)),
+    ("softcap", "0,1,0", (0.0, 1.0, 0.0)),
     ("adam_head", "1e-3,0.5,0.9,0", (1e-3, 0.5, 0.9, 0.0)), ("short_layers", "none", ()), ("short_layers", "4", (4,)),
     ("paired_layers", "2,10", (2, 10)), ("gated_skip", "2,10", (2, 10)), ("backout", "none", ())])
 def test_values_have_the_type_of_their_field(name, text, value):
@@ -133,7 +134,8 @@ def test_a_missing_value():
     ("row-tokens", "128;256", "a list of whole numbers"), ("row-tokens", "128,,256", "a list of whole numbers"),
     ("window", "64,1.5", "a list of whole numbers"), ("window", "64,", "a list of whole numbers"),
     ("short-layers", "all", "a list of whole numbers"), ("short-layers", "none,1", "a list of whole numbers"),
-    ("adam-head", "0.1,fast,0.9,0", "a list of numbers"), ("repeat", "yes", "true, false"), ("repeat", "True", "the nearest is --repeat true"),
+    ("adam-head", "0.1,fast,0.9,0", "a list of numbers"), ("repeat", "yes", "true, false"),
+    ("repeat", "True", "the nearest is --repeat true"),
     ("preset", "tinny", "the nearest is --preset tiny"), ("dtype", "float16", "auto, bfloat16, float32, float64"),
     ("device", "gpu", "auto, cpu, cuda"), ("compile", "max", "auto, none"),
     ("long-documents", "cut", "drop, continue"), ("head-dtype", "float9", "the nearest is --head-dtype float8"),
@@ -224,7 +226,7 @@ ROWS = ["--row-tokens", "128,256"]
     (["--gated-skip", "6,3"], "the nearest is --gated-skip none"),
     (["--gated-skip", "6,6"], "the nearest is --gated-skip none"),
     ([*FIVE, "--attention-free", "0,2"], "the nearest is --attention-free 2"),  # value_residual mixes layer 0's values
-    (["--head-dtype", "float8", "--loss-chunk", "1000"], "the nearest is --loss-chunk 1008")])
+    ([*FIVE, "--gated-skip", "3,6"], "the nearest is --gated-skip none")])
 def test_settings_that_exclude_each_other_name_the_nearest_that_work(arguments, expected):
     line = refused_option(*arguments)
     assert expected in line
@@ -257,11 +259,12 @@ def test_micro_tokens_are_a_bound_that_need_divide_nothing(corpus, tmp_path):
         assert (run_here(corpus, out=tmp_path / str(micro), steps=1, micro_tokens=micro) / "model.pt").exists()
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_a_float8_head_goes_with_bfloat16_only(refused_run, dtype):
-    line = refused_run(head_dtype="float8", loss_chunk=512, dtype=dtype)
-    assert f"--head-dtype float8 goes with bfloat16 activations, found {dtype}" in line
-    assert "--dtype bfloat16" in line and "--head-dtype wide" in line
+@pytest.mark.parametrize("dtype, width, chunk", [("float32", 64, 512), ("float64", 64, 512), ("bfloat16", 72, 512),
+                                                 ("bfloat16", 64, 500)])
+def test_a_float8_head_is_refused_where_its_products_cannot_be_taken(refused_run, dtype, width, chunk):
+    line = refused_run(head_dtype="float8", dtype=dtype, width=width, loss_chunk=chunk)
+    assert f"found {dtype}, {width}, {chunk};" in line
+    assert "--dtype bfloat16" in line and "multiples of 16" in line and "--head-dtype wide" in line
 
 
 def test_help_lists_every_field_with_default_and_unit(capsys):

@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 SHORT = "--steps 2 --val-every 0 --val-tokens 2048 --width 32"  # added to training commands
-FEW_RUNS = "--steps 2 --seeds 1 --rungs five-minute,windows --out logs/ladder"  # added to the ladder
+FEW_RUNS = "--steps 2 --seeds 1 --rungs windows --out logs/ladder"  # added to the ladder
 FEW_STEPS = "--timed-steps 2 --width 32"
 TEXT_FILES = "--train-files 'data/text/text_train_*.bin' --val-files 'data/text/text_val_*.bin'"
 NEEDS_GPU, NEEDS_NETWORK = "needs a GPU", "needs a network"
@@ -65,7 +65,7 @@ ORDER = list(COMMANDS)
 
 
 def documented_commands() -> set[str]:
-    """Lines of code blocks, inline code and the heads of scripts that start with a command of ours, without comments."""
+    """Lines of code blocks, inline code and heads of scripts that start with a command of ours, without comments."""
     text = (ROOT / "README.md").read_text() + (ROOT / "records" / "README.md").read_text()
     heads = [ast.get_docstring(ast.parse(path.read_text())) or "" for path in (ROOT / "records").glob("*.py")]
     blocks = "\n".join([*re.findall(r"```\n(.*?)```", text, re.S), *heads]).replace("\\\n", " ")
