@@ -178,13 +178,17 @@ FIVE_MINUTE = {
 PRESETS = {
     "gpt2": {},
     "five-minute": FIVE_MINUTE,
-    "tiny": {
+    "tiny": {  # what of the recipe a run of minutes on a CPU has use for, at rates for such a run
         "train_files": "data/text/text_train_*.bin", "val_files": "data/text/text_val_*.bin", "shuffle": True,
         "long_documents": "continue", "steps": 640, "tokens_per_step": (1024,), "row_tokens": (128,), "val_every": 40,
-        "val_tokens": 131_072, "val_row_tokens": 128, "layers": 3, "heads": 2, "width": 128,
-        "window": (128,), "window_short": (128,), "window_final": 0, "short_layers": (), "paired_layers": (0,),
-        "attention_free": (), "value_layers": (0, 2), "value_tables": 2, "gated_skip": (), "backout": (1,),
-        "bigram": 16, "cooldown": 0.8,
+        "val_tokens": 131_072, "val_row_tokens": 128, "layers": 3, "heads": 2, "width": 128, "window": (128,),
+        "window_final": 0, "short_layers": (), "paired_layers": (0,), "attention_free": (), "attention_scale": 0.0,
+        "attention_gates": False, "attention_mix": False, "value_layers": (0, 2), "bigram": 16, "gated_skip": (),
+        "backout": (1,), "softcap": (30.0, 30.0, 0.0), "predicted_tokens": 1, "tied_until": 0.0,
+        "attention_init": 3**-0.5, "mlp_init": 3**-0.5, "muon_lr": 0.08, "muon_momentum": 0.8,
+        "muon_momentum_start": 0.8, "down_scale": 1.0, "adam_embedding": (0.6, 0.65, 0.95, 0.0),
+        "adam_head": (0.008, 0.65, 0.95, 0.0), "adam_tables": (0.3, 0.65, 0.95, 0.0), "adam_every": 1,
+        "cooldown": 0.8, "rate_levels": (1.0,),
     },
 }
 
