@@ -15,9 +15,11 @@ the optimizers. Sizes are in tokens unless a name says otherwise. Shapes: R rows
 K = D / H, V vocabulary, L layers. A technique says which record of the NanoGPT speedrun brought it, as (#49).
 """
 
+import contextlib
 import ctypes
 import dataclasses
 import difflib
+import functools
 import glob
 import importlib.util
 import json
@@ -78,12 +80,9 @@ class Config:
     cross_document: bool = setting(True, "true|false", "smear, key offset and bigrams look back over document borders")
     # how much at a time
     steps: int = setting(1600, "updates", "length of the run; schedules stretch with it", 1)
-    extension: float = setting(40 / 1600, "of steps", "end of the run beyond the schedule: rates stay at their floor",
-                               0, 0.9)
-    tokens_per_step: Ints = setting((131_072, 262_144, 393_216), "tokens, by stage",
-                                               "batch of one update, over all processes", 1)
-    row_tokens: Ints = setting((16_384, 32_768, 49_152), "tokens, by stage",
-                                          "packed sequence that attention sees at once", 1)
+    extension: float = setting(0.025, "of steps", "end of the run beyond the schedule, its rates at the floor", 0, 0.9)
+    tokens_per_step: Ints = setting((131_072, 262_144, 393_216), "tokens, by stage", "batch of one update in all", 1)
+    row_tokens: Ints = setting((16_384, 32_768, 49_152), "tokens, by stage", "sequence that attention sees at once", 1)
     micro_tokens: int = setting(0, "tokens", "most per forward pass, one row at least; 0: 65,536, on a CPU 1,024")
     recompute: bool = setting(False, "true|false", "recompute block activations in backward, for small memories")
     loss_chunk: int = setting(8192, "tokens", "logits held at once by the loss", 1)
@@ -122,8 +121,7 @@ class Config:
     unet_skips: bool = setting(False, "true|false", "feed the first half's outputs to the second half, mirrored")
     backout: Ints = setting((7,), "layers", "layer whose output is in part subtracted before the head")
     rms_epsilon: float = setting(2.0**-23, "-", "added to the mean square before its root")
-    softcap: Floats = setting((11.5, 15.0, 5.0), "height,range,shift",
-                              "logits become height x tanh((logit + shift) / range); height 0: off")
+    softcap: Floats = setting((11.5, 15.0, 5.0), "height,range,shift", "height x tanh((logit + shift) / range); 0: off")
     predicted_tokens: int = setting(3, "count", "tokens ahead that are predicted in the first stage, later fewer", 1)
     tied_until: float = setting(2 / 3, "of schedule", "embedding and head are one table till then; 0: never", 0, 1)
     attention_init: float = setting(1.0, "/ sqrt(width)", "spread of the first query, key and value weights")
@@ -159,45 +157,37 @@ class Config:
     out: str = setting("logs", "folder", "where the run's own folder is made")
 
 
-# Every technique of the hundred-second recipe at its neutral value, and the settings of record 12.
-FIVE_MINUTE = {
-    "long_documents": "continue", "document_tokens": 0, "steps": 1875, "extension": 0.0, "tokens_per_step": (524_288,),
-    "row_tokens": (65_536,), "val_every": 125, "val_row_tokens": 65_536, "layers": 12, "window": (1023,),
-    "window_final": 0, "short_layers": (), "paired_layers": (), "attention_free": (), "attention_scale": 0.0,
-    "rotary_base": 10_000.0, "rotary_share": 1.0, "yarn": False, "key_offset": False, "attention_gates": False,
-    "attention_mix": False, "value_layers": (), "value_gates": False, "value_residual": True, "bigram": 0,
-    "smear": False, "residual_init": 1.0, "gated_skip": (), "unet_skips": True, "backout": (), "rms_epsilon": 2.0**-7,
-    "softcap": (30.0, 30.0, 0.0), "predicted_tokens": 1, "tied_until": 0.0,
-    "attention_init": 3**-0.5, "mlp_init": 3**-0.5, "muon_lr": 0.04, "momentum_warmup": 500 / 1875,
-    "momentum_cooldown": 0.0, "orthogonaliser": "newton-schulz", "normuon_beta2": 0.0, "muon_decay": 0.0,
-    "down_scale": 1.0, "split_precision": False, "adam_embedding": (0.6, 0.9, 0.95, 0.0),
-    "adam_head": (0.008, 0.9, 0.95, 0.0), "adam_x0": (0.04, 0.9, 0.95, 0.0), "adam_scalars": (0.04, 0.9, 0.95, 0.0),
-    "adam_epsilon": 1e-8, "adam_every": 1, "cooldown": 562 / 1875, "rate_levels": (1.0,), "rate_floor": 0.0,
-    "head_dtype": "wide",
-}
+PLAIN = {  # what neither of the other presets takes from the hundred-second recipe, at its neutral value
+    "long_documents": "continue", "window_final": 0, "short_layers": (), "attention_free": (), "attention_scale": 0.0,
+    "attention_gates": False, "attention_mix": False, "gated_skip": (), "softcap": (30.0, 30.0, 0.0),
+    "predicted_tokens": 1, "tied_until": 0.0, "attention_init": 3**-0.5, "mlp_init": 3**-0.5, "down_scale": 1.0,
+    "adam_every": 1, "rate_levels": (1.0,)}
 PRESETS = {
     "gpt2": {},
-    "five-minute": FIVE_MINUTE,
-    "tiny": {  # what of the recipe a run of minutes on a CPU has use for, at rates for such a run
+    "five-minute": PLAIN | {  # every other technique at its neutral value too, and the settings of record 12
+        "document_tokens": 0, "steps": 1875, "extension": 0.0, "tokens_per_step": (524_288,), "row_tokens": (65_536,),
+        "val_every": 125, "val_row_tokens": 65_536, "layers": 12, "window": (1023,), "paired_layers": (),
+        "rotary_base": 10_000.0, "rotary_share": 1.0, "yarn": False, "key_offset": False, "value_layers": (),
+        "value_gates": False, "value_residual": True, "bigram": 0, "smear": False, "residual_init": 1.0,
+        "unet_skips": True, "backout": (), "rms_epsilon": 2.0**-7, "muon_lr": 0.04, "momentum_warmup": 500 / 1875,
+        "momentum_cooldown": 0.0, "orthogonaliser": "newton-schulz", "normuon_beta2": 0.0, "muon_decay": 0.0,
+        "split_precision": False, "adam_embedding": (0.6, 0.9, 0.95, 0.0), "adam_head": (0.008, 0.9, 0.95, 0.0),
+        "adam_x0": (0.04, 0.9, 0.95, 0.0), "adam_scalars": (0.04, 0.9, 0.95, 0.0), "adam_epsilon": 1e-8,
+        "cooldown": 562 / 1875, "rate_floor": 0.0, "head_dtype": "wide"},
+    "tiny": PLAIN | {  # what of the recipe a run of minutes on a CPU has use for, at rates for such a run
         "train_files": "data/text/text_train_*.bin", "val_files": "data/text/text_val_*.bin", "shuffle": True,
-        "long_documents": "continue", "steps": 640, "tokens_per_step": (1024,), "row_tokens": (128,), "val_every": 40,
-        "val_tokens": 131_072, "val_row_tokens": 128, "layers": 3, "heads": 2, "width": 128, "window": (128,),
-        "window_final": 0, "short_layers": (), "paired_layers": (0,), "attention_free": (), "attention_scale": 0.0,
-        "attention_gates": False, "attention_mix": False, "value_layers": (0, 2), "bigram": 16, "gated_skip": (),
-        "backout": (1,), "softcap": (30.0, 30.0, 0.0), "predicted_tokens": 1, "tied_until": 0.0,
-        "attention_init": 3**-0.5, "mlp_init": 3**-0.5, "muon_lr": 0.08, "muon_momentum": 0.8,
-        "muon_momentum_start": 0.8, "down_scale": 1.0, "adam_embedding": (0.6, 0.65, 0.95, 0.0),
-        "adam_head": (0.008, 0.65, 0.95, 0.0), "adam_tables": (0.3, 0.65, 0.95, 0.0), "adam_every": 1,
-        "cooldown": 0.8, "rate_levels": (1.0,),
-    },
-}
+        "steps": 640, "tokens_per_step": (1024,), "row_tokens": (128,), "val_every": 40, "val_tokens": 131_072,
+        "val_row_tokens": 128, "layers": 3, "heads": 2, "width": 128, "window": (128,), "paired_layers": (0,),
+        "value_layers": (0, 2), "bigram": 16, "backout": (1,), "muon_lr": 0.08, "muon_momentum": 0.8,
+        "muon_momentum_start": 0.8, "adam_embedding": (0.6, 0.65, 0.95, 0.0),
+        "adam_head": (0.008, 0.65, 0.95, 0.0), "adam_tables": (0.3, 0.65, 0.95, 0.0), "cooldown": 0.8}}
 
 
 def parse_command_line(arguments: list[str]) -> Config:
     """`--any-field VALUE`, `--any_field=VALUE` on top of a preset. Raises Refusal, naming the nearest valid option."""
-    options, given, words = {f.name: f for f in fields(Config)}, {}, list(arguments)
-    wants_help = bool({"-h", "--help"} & set(words))
-    words = [word for word in words if word not in ("-h", "--help")]
+    options, given = {f.name: f for f in fields(Config)}, {}
+    words = [word for word in arguments if word not in ("-h", "--help")]
+    wants_help = len(words) < len(arguments)
     while words:
         flag, equals, value = words.pop(0).partition("=")
         name = flag.removeprefix("--").replace("-", "_")
@@ -209,15 +199,15 @@ def parse_command_line(arguments: list[str]) -> Config:
         if not equals and not words:
             raise Refusal(f"{flag} needs a value; for example {flag} {spelled(options[name].default)}")
         given[name] = parse_value(flag, value if equals else words.pop(0), options[name])
-    preset = given.get("preset", Config.preset)
-    config = Config(**{**PRESETS[preset], "preset": preset, **given})
+    defaults = PRESETS[given.get("preset", Config.preset)] | {"preset": given.get("preset", Config.preset)}
     if wants_help:
         print(__doc__.split("\n\nThe file")[0])
-        print(f"\nSettings, with the defaults of --preset {preset} (presets: {', '.join(PRESETS)}):\n")
-        for f in options.values():
-            value = spelled({**vars(Config()), **PRESETS[preset], "preset": preset}[f.name])
-            print(f"  {spelled_flag(f.name):22} {value:>20} [{f.metadata['unit']}]  {f.metadata['reason']}")
+        print(f"\nSettings, with the defaults of --preset {defaults['preset']} (presets: {', '.join(PRESETS)}):\n")
+        for name, option in options.items():
+            value, (unit, reason, *_) = spelled(defaults.get(name, option.default)), option.metadata.values()
+            print(f"  {spelled_flag(name):22} {value:>20} [{unit}]  {reason}")
         raise SystemExit(0)
+    config = Config(**defaults | given)
     check_config(config)
     return config
 
@@ -240,28 +230,25 @@ def nearest(word: str, words) -> str:
 def parse_value(flag: str, text: str, option: dataclasses.Field):
     """The text as the option's type, within its range or among its words (`auto|none`). Raises Refusal."""
     words = list(PRESETS) if option.name == "preset" else option.metadata["unit"].split("|")
-    if len(words) > 1:
-        if text not in words:
-            raise Refusal(f"{flag} {text} is not one of {', '.join(words)}; "
-                          f"the nearest is {flag} {nearest(text, words)}")
+    if len(words) > 1 and text not in words:
+        raise Refusal(f"{flag} {text} is not one of {', '.join(words)}; the nearest is {flag} {nearest(text, words)}")
+    if option.type in (bool, str):
         return text == "true" if option.type is bool else text
-    if option.type is str:
-        return text
-    low, high = option.metadata["low"], option.metadata["high"]
+    unit, _, low, high = option.metadata.values()
     is_list = get_origin(option.type) is tuple
     kind = get_args(option.type)[0] if is_list else option.type
-    counts = (range(1, 5) if option.metadata["unit"].endswith("by stage") else range(1000)
-              if option.metadata["unit"] == "layers" else [len(option.default)]) if is_list else [1]
+    counts = (range(1, 5) if unit.endswith("by stage") else range(1000) if unit == "layers" else
+              [len(option.default) if is_list else 1])
     try:
         values = tuple(map(kind, text.split(",") if not is_list or text != "none" else ()))
         valid = len(values) in counts and all(low <= value <= high and math.isfinite(value) for value in values)
     except (ValueError, OverflowError):
         valid = False
     if not valid:
-        what = {int: "whole number", float: "number"}[kind]
+        what = ("a list of " if is_list else "a ") + ("whole number" if kind is int else "number") + "s" * is_list
         bounds = f"from {low} to {high}" if high < math.inf else f"of at least {low}"
-        what = f"a list of {what}s {bounds}, joined by commas" if is_list else f"a {what} {bounds}"
-        raise Refusal(f"{flag} {text} is not {what}; for example {flag} {spelled(option.default)}")
+        raise Refusal(f"{flag} {text} is not {what} {bounds}{', joined by commas' * is_list}; "
+                      f"for example {flag} {spelled(option.default)}")
     return values if is_list else values[0]
 
 
@@ -279,14 +266,12 @@ def check_config(config: Config) -> None:
         pairs = [(value_at(values, i), value_at(units, i)) for i in range(max(len(values), len(units)))]
         if any(number % unit for number, unit in pairs):
             better = tuple(max(1, round(number / unit)) * unit for number, unit in pairs)
-            refuse(name, f"is not a whole number of {what} ({spelled(tuple(units))})",
-                   better if isinstance(value, tuple) else better[0])
+            refuse(name, f"is not a whole number of {what} ({spelled(units)})", better)
     for f in fields(Config):
         value = getattr(config, f.name)
         if f.metadata["unit"] == "layers" and any(layer >= config.layers for layer in value):
-            within = tuple(layer for layer in value if layer < config.layers)
             refuse(f.name, f"names layers beyond the last of --layers {config.layers}, which is {config.layers - 1}",
-                   () if f.name == "gated_skip" else within)
+                   () if f.name == "gated_skip" else tuple(layer for layer in value if layer < config.layers))
         if f.metadata["unit"] == ADAM and max(value[1:3]) >= 1:
             refuse(f.name, "has a beta of 1 or more", f.default)
     if config.gated_skip and (len(config.gated_skip) != 2 or config.gated_skip[0] >= config.gated_skip[1]):
@@ -390,11 +375,9 @@ def last_tied_step(config: Config) -> int:
 
 
 def yarn_schedule(stage: int, config: Config) -> tuple[Tensor, float]:
-    """Rotary frequencies (turning channels / 2,) float64 in radians per token, and the softmax scale of a stage.
-
-    YaRN (#31): where the window grows from W to W', a frequency that made less than one turn within W is slowed by
-    W / W', one of more than 32 turns is kept, those between are blended; the softmax grows sharper.
-    """
+    """Rotary frequencies (turning channels / 2,) float64 in radians per token, and the softmax scale of a stage. YaRN
+    (#31): where the window grows from W to W', a frequency that made less than one turn within W is slowed by W / W',
+    one of more than 32 turns is kept, those between are blended; the softmax grows sharper."""
     head_width = config.width // config.heads
     turning = 2 * round(config.rotary_share * head_width / 2)
     frequency = config.rotary_base ** (-torch.arange(0, turning, 2, dtype=torch.float64) / max(1, turning))
@@ -412,11 +395,9 @@ def yarn_schedule(stage: int, config: Config) -> tuple[Tensor, float]:
 
 
 class Processes(NamedTuple):
-    """rank of this process (0 writes the log), number of processes, and the device this one computes on."""
-
-    rank: int
-    world: int
-    device: torch.device
+    rank: int  # of this process; 0 writes the log
+    world: int  # how many there are
+    device: torch.device  # that this one computes on
 
     def synchronize(self) -> None:
         """Wait until the device has done all it was given, so that the host's clock means something."""
@@ -434,7 +415,7 @@ def start_processes(config: Config) -> Processes:
     rank, world, local = (int(os.environ.get(name, default)) for name, default in
                           (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     device = torch.device("cpu")
-    if config.device == "cuda" or (config.device == "auto" and (torch.cuda.is_available() or driver_gpus())):
+    if config.device == "cuda" or config.device == "auto" and (torch.cuda.is_available() or driver_gpus()):
         try:
             torch.cuda.init()
         except (RuntimeError, AssertionError) as error:  # an old driver, a hidden GPU, a torch built without CUDA
@@ -459,13 +440,10 @@ def start_processes(config: Config) -> Processes:
 def keep_freed_memory() -> None:
     """Have the C library keep what large tensors free, instead of faulting every page in again at the next step, which
     costs `tiny` a tenth of its time. Without glibc, nothing happens."""
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, TypeError, AttributeError):
-        return
-    trim_threshold, most_mappings = -1, -4
-    mallopt(most_mappings, 0)
-    mallopt(trim_threshold, 2**31 - 1)
+    with contextlib.suppress(OSError, TypeError, AttributeError):
+        mallopt, trim_threshold, most_mappings = ctypes.CDLL(None).mallopt, -1, -4
+        mallopt(most_mappings, 0)
+        mallopt(trim_threshold, 2**31 - 1)
 
 
 def driver_gpus() -> str:
@@ -507,8 +485,7 @@ GPT2_VOCABULARY, GPT2_SEPARATOR = 50257, 50256
 
 
 class Shard(NamedTuple):
-    """A checked file: 256 little-endian int32 header words (magic, version, token count, vocabulary size, separator;
-    0 in the last two means GPT-2), then uint16 tokens."""
+    """A checked file: 256 little-endian int32 words (magic, version, tokens, vocabulary, separator), uint16 tokens."""
 
     path: str
     tokens: int
@@ -529,18 +506,18 @@ def open_shard(path: str | Path) -> Shard:
     if len(header) < HEADER_WORDS:
         raise damaged(path, f"has {size} bytes, less than a shard's header of {4 * HEADER_WORDS}")
     magic, version, count, vocabulary, separator = (int(word) for word in header[:5])
-    if magic != SHARD_MAGIC and not str(path).endswith(".bin"):
-        raise Refusal(f"{path} is no token shard: its first word is {magic}, expected {SHARD_MAGIC}; make shards of "
-                      f"text: python data/text.py {path} --out FOLDER")
     if magic != SHARD_MAGIC:
-        raise damaged(path, f"is no token shard: its first word is {magic}, expected {SHARD_MAGIC}")
+        problem = f"is no token shard: its first word is {magic}, expected {SHARD_MAGIC}"
+        if str(path).endswith(".bin"):
+            raise damaged(path, problem)
+        raise Refusal(f"{path} {problem}; make shards of text: python data/text.py {path} --out FOLDER")
     if version != SHARD_VERSION:
         raise damaged(path, f"has shard version {version}, expected {SHARD_VERSION}")
     expected = 4 * HEADER_WORDS + 2 * count
     if count <= 0 or size != expected:
         raise damaged(path, f"promises {count} tokens but holds {(size - 4 * HEADER_WORDS) // 2}: "
                             f"{'truncated' if size < expected else 'damaged'}")
-    vocabulary = vocabulary or GPT2_VOCABULARY
+    vocabulary = vocabulary or GPT2_VOCABULARY  # 0 means GPT-2's
     separator = separator or (GPT2_SEPARATOR if vocabulary > GPT2_SEPARATOR else 0)
     if not 0 < vocabulary <= 65_536 or not 0 <= separator < vocabulary:
         raise damaged(path, f"states a vocabulary of {vocabulary} with separator {separator}, expected at most 65536 "
@@ -574,7 +551,6 @@ class TokenStream:
     """The shards of a glob in name order as one sequence of `tokens` tokens; a read beyond its end starts over."""
 
     def __init__(self, pattern: str):
-        """Raises Refusal for a glob without files and for shards that disagree on their vocabulary."""
         if os.path.isdir(pattern):
             raise Refusal(f"{pattern} is a folder; expected a glob of shards: '{pattern}/*_train_*.bin'")
         paths = sorted(glob.glob(pattern))
@@ -611,16 +587,13 @@ class TokenStream:
 
 
 class Batch(NamedTuple):
-    """R rows of T tokens: inputs int32, targets int64 (the next token; -1: none), starts bool (a document begins)."""
-
-    inputs: Tensor
-    targets: Tensor
-    starts: Tensor
+    inputs: Tensor  # (R, T) int32
+    targets: Tensor  # (R, T) int64: the next token; -1: none
+    starts: Tensor  # (R, T) bool: a document begins
 
 
 def read_rows(stream: TokenStream, position: int, rows: int, row_tokens: int, end: int) -> Batch:
-    """Rows of the stream as it comes, from `position` on, in host memory: what validation takes. Inputs from `end` on
-    have no target: a ragged last row."""
+    """Rows of the stream as it comes, for validation, in host memory; inputs from position `end` on have no target."""
     count = max(0, min(rows * row_tokens, end - position))
     tokens, starts = stream.read(position, count + 1 if count else 0)
     inputs, targets = np.zeros(rows * row_tokens, np.int32), np.full(rows * row_tokens, -1, np.int64)
@@ -629,39 +602,23 @@ def read_rows(stream: TokenStream, position: int, rows: int, row_tokens: int, en
     return Batch(*(torch.from_numpy(array).view(rows, row_tokens) for array in (inputs, targets, begins)))
 
 
-def documents(stream: TokenStream, position: int, block: int) -> Iterator[tuple[np.ndarray, int]]:
-    """Yield (its tokens, the position after it) for the document that starts at `position`, the next one, and so on."""
-    parts = []
-    while True:
-        tokens, starts = stream.read(position, block)
-        for number, part in enumerate(np.split(tokens, np.flatnonzero(starts))):
-            if number and parts:  # all parts but the first begin a document, so the one before is complete
-                yield np.concatenate(parts), position
-                parts = []
-            parts += [part] * (len(part) > 0)
-            position += len(part)
-
-
-def training_row(stream: TokenStream, position: int, row_tokens: int,
-                 config: Config) -> tuple[np.ndarray, np.ndarray, int]:
+def training_row(stream: TokenStream, position: int, row_tokens: int, config: Config) -> tuple:
     """The row that begins at `position`: (T + 1,) uint16 tokens, inputs and the last target; (T + 1,) bool, where a
     document starts; and the position of the next row. Every row begins with a document, none longer than
     document_tokens (#29). What is cut off, by that or by the row's end, is dropped, or is the next document."""
     count, most = row_tokens + 1, config.document_tokens or row_tokens + 1
-    if config.long_documents == "drop":
-        pieces, filled = [], 0
-        for document, end in documents(stream, position, count):
-            pieces.append(document[:min(most, count - filled)])
-            filled += len(pieces[-1])
-            if filled == count:
-                break
-        starts = np.zeros(count, bool)
-        starts[np.cumsum([0, *map(len, pieces[:-1])])] = True
-        return np.concatenate(pieces), starts, end
-    tokens, starts = stream.read(position, count)
-    place = np.arange(count)
-    starts |= (place - np.maximum.accumulate(place * starts)) % most == 0
-    return tokens, starts, position + row_tokens
+    span = count if config.long_documents == "continue" else count + count // 2
+    while True:
+        tokens, starts = stream.read(position, span)
+        place = np.arange(span)
+        inside = place - np.maximum.accumulate(place * starts)  # each token's place in its document
+        if config.long_documents == "continue":
+            return tokens, starts | (inside % most == 0), position + row_tokens
+        kept = np.flatnonzero(inside < most)[:count]
+        following = np.flatnonzero(starts[kept[-1] + 1:])  # documents after the one that fills the row
+        if len(kept) == count and len(following):
+            return tokens[kept], inside[kept] == 0, position + int(kept[-1] + 1 + following[0])
+        span *= 2
 
 
 def shuffled_rows(stream: TokenStream, config: Config, row_tokens: int, deal: int) -> list[int]:
@@ -724,9 +681,8 @@ def prefetched(batches: Iterator[Batch], processes: Processes) -> Iterator[Batch
         upcoming = reader.submit(fetch)
         while (batch := upcoming.result()) is not None:
             upcoming = reader.submit(fetch)
-            if copies is not None:  # the memory must not be handed to a later copy while this step still reads it
-                for part in batch:
-                    part.record_stream(torch.cuda.current_stream(processes.device))
+            for part in batch if copies else ():  # not to be handed to a later copy while this step still reads it
+                part.record_stream(torch.cuda.current_stream(processes.device))
             yield batch
 
 
@@ -747,18 +703,14 @@ def first_visible_key(starts: Tensor, window: int) -> Tensor:
 
 def interval_rule(first_key: Tensor):
     """The mask itself, as FlexAttention wants it: (row, head, query, key) -> may the query see the key?"""
-    def visible(row, head, query, key):
-        return (first_key[row, query] <= key) & (key <= query)
-    return visible
+    return lambda row, head, query, key: (first_key[row, query] <= key) & (key <= query)
 
 
 def block_mask(first_key: Tensor) -> BlockMask:
-    """(R, T) int32 -> BlockMask of T / 128 squared blocks, all on the device without waiting for it.
-
-    Query block i visits key blocks [reach[i], i]: those in [inside[i], i) lie wholly within the mask, the diagonal and
-    those left of inside[i] are tested token by token. As reach and inside never decrease, the query blocks of a key
-    block, which the backward pass visits, are intervals as well and their ends are found by bisection.
-    """
+    """(R, T) int32 -> BlockMask of T / 128 squared blocks, all on the device without waiting for it. Query block i
+    visits key blocks [reach[i], i]: those in [inside[i], i) lie wholly within the mask, the diagonal and those left of
+    inside[i] are tested token by token. As reach and inside never decrease, the query blocks of a key block, which the
+    backward pass visits, are intervals as well and their ends are found by bisection."""
     rows, tokens = first_key.shape
     block = torch.arange(tokens // MASK_BLOCK, dtype=torch.int32, device=first_key.device)
     reach = first_key[:, ::MASK_BLOCK] // MASK_BLOCK  # (R, T / 128), as everything below
@@ -767,46 +719,38 @@ def block_mask(first_key: Tensor) -> BlockMask:
     full_end = torch.searchsorted(inside.contiguous(), key, right=True, out_int32=True)
     partial_end = torch.searchsorted(reach.contiguous(), key, right=True, out_int32=True)
 
-    def listed(first: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
-        """Intervals of block numbers -> what BlockMask takes: counts (R, 1, N) and lists (R, 1, N, N)."""
-        return count[:, None], (first[..., None] + block).clamp_(max=len(block) - 1)[:, None]
+    def listed(begin: Tensor, end: Tensor, diagonal: int) -> tuple[Tensor, Tensor]:
+        """Intervals of blocks -> counts (R, 1, N) and lists (R, 1, N, N), with the block itself in front or not."""
+        numbers = (begin[..., None] - diagonal + block).clamp_(max=len(block) - 1)
+        if diagonal:
+            numbers[..., 0] = key
+        return (end - begin + diagonal)[:, None], numbers[:, None]
 
-    def with_diagonal(first: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
-        """The same with each block's own number in front, where the interval is begun one early to make room."""
-        counts, numbers = listed(first - 1, count + 1)
-        numbers[..., 0] = key[:, None]
-        return counts, numbers
-
-    return BlockMask(
-        (tokens, tokens),
-        *with_diagonal(reach, inside - reach), *listed(inside, block - inside),
-        *with_diagonal(full_end, partial_end - full_end), *listed(key + 1, full_end - key - 1),
-        BLOCK_SIZE=(MASK_BLOCK, MASK_BLOCK), mask_mod=interval_rule(first_key))
+    return BlockMask((tokens, tokens), *listed(reach, inside, 1), *listed(inside, key, 0),
+                     *listed(full_end, partial_end, 1), *listed(key + 1, full_end, 0),
+                     BLOCK_SIZE=(MASK_BLOCK, MASK_BLOCK), mask_mod=interval_rule(first_key))
 
 
 class Span(NamedTuple):
-    """A block of queries, the keys any of them sees, and (R, 1, queries, keys) bool: which sees which."""
-
-    queries: slice
-    keys: slice
-    visible: Tensor
+    queries: slice  # a block of them
+    keys: slice  # that any of them sees
+    visible: Tensor  # (R, 1, queries, keys) bool: which sees which
 
 
 def span_mask(first_key: Tensor, block: int = 2 * MASK_BLOCK) -> list[Span]:
     """(R, T) int32 -> the same mask for scaled_dot_product_attention, where FlexAttention has no backward (CPU)."""
-    rows, tokens = first_key.shape
-    rule, row = interval_rule(first_key), torch.arange(rows, device=first_key.device)[:, None, None, None]
-    position, spans = torch.arange(tokens, device=first_key.device), []
-    for begin in range(0, tokens, block):
-        queries = slice(begin, min(tokens, begin + block))
+    row, position = (torch.arange(size, device=first_key.device) for size in first_key.shape)
+    spans = []
+    for begin in range(0, len(position), block):
+        queries = slice(begin, min(len(position), begin + block))
         keys = slice(int(first_key[:, begin].min()), queries.stop)
-        spans.append(Span(queries, keys, rule(row, None, position[queries, None], position[keys])))
+        visible = interval_rule(first_key)(row[:, None, None, None], None, position[queries, None], position[keys])
+        spans.append(Span(queries, keys, visible))
     return spans
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask | list[Span]) -> Tensor:
-    """Softmax attention under a mask; all (R, H, T, K). The query carries the scale: as a tensor it may change without
-    a new graph."""
+    """Softmax attention, all (R, H, T, K). The query carries the scale, a tensor: it may change without a new graph."""
     if isinstance(mask, BlockMask):
         return flex_attention(query, key, value, block_mask=mask, scale=1.0)
     return torch.cat([F.scaled_dot_product_attention(query[:, :, span.queries], key[:, :, span.keys],
@@ -839,6 +783,12 @@ def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     return torch.cat((low * cosine + high * sine, high * cosine - low * sine, still), dim=-1)
 
 
+def table_of(table: Tensor, tokens: int, heads: int, paired: bool) -> Tensor:
+    """(2 T, n) cosines or sines of all positions -> what `rotate` takes: those of position t, (T, 1, n); for paired
+    heads, of which each token has two positions, those of 2 t + h mod 2 for head h, (T, heads, n)."""
+    return table[:2 * tokens].view(tokens, 2, -1).repeat(1, heads // 2, 1) if paired else table[:tokens, None]
+
+
 def previous(x: Tensor) -> Tensor:
     """(R, T, ...) -> what stands one position before; position 0 keeps its own."""
     return torch.cat((x[:, :1], x[:, :-1]), dim=1)
@@ -865,15 +815,14 @@ def bigram_rows(tokens: Tensor, alone: Tensor, rows: int) -> Tensor:
 
 
 class Layer(NamedTuple):
-    """What one layer has; `short`, `paired`: which mask its attention takes; `table`: its value embedding; `mixes`:
-    layer 0's values into its own."""
+    """What one layer has."""
 
     attends: bool
-    short: bool
+    short: bool  # it and `paired` choose the mask
     paired: bool
     offset: bool
-    table: int | None
-    mixes: bool
+    table: int | None  # of value embeddings
+    mixes: bool  # layer 0's values into its own
 
 
 def layer_plan(config: Config) -> list[Layer]:
@@ -881,25 +830,22 @@ def layer_plan(config: Config) -> list[Layer]:
     tables = {layer: place % config.value_tables for place, layer in enumerate(sorted(config.value_layers))}
     return [Layer(i not in config.attention_free, i in config.short_layers, i in config.paired_layers,
                   config.key_offset and i not in config.short_layers + config.paired_layers, tables.get(i),
-                  config.value_residual and i > 0)
-            for i in range(config.layers)]
+                  config.value_residual and i > 0) for i in range(config.layers)]
 
 
 class Shared(NamedTuple):
-    """What all layers of a pass see: the embedding and the bigrams' (R, T, D), where no token before may be looked at
-    (R, T), cosines and sines (2 T, n) of all positions, and the softmax scale, 0-dimensional."""
+    """What all layers of a pass see."""
 
-    x0: Tensor
-    bigram: Tensor | None
-    alone: Tensor
-    cosine: Tensor
+    x0: Tensor  # (R, T, D) the embedding
+    bigram: Tensor | None  # (R, T, D) that of token pairs
+    alone: Tensor  # (R, T) bool: the token before may not be looked at
+    cosine: Tensor  # (2 T, n), as are sines: all positions
     sine: Tensor
-    scale: Tensor
+    scale: Tensor  # () of the softmax
 
 
 class Block(nn.Module):
-    """Attention and MLP, each added to the stream. Holds no layer number, so that layers share compiled graphs. The
-    weights of a technique that is off are None."""
+    """Attention and MLP. Has no layer number, so that layers share graphs; weights of what is off are None."""
 
     def __init__(self, config: Config, layer: Layer, dtype: torch.dtype):
         super().__init__()
@@ -925,11 +871,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, shared: Shared, mask, skip: Tensor | None, first_value: Tensor | None,
                 embedded: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """The stream, what skips to here, and the value embeddings (R, T, D); layer 0's values (R, T, H, K), which that
-        layer itself returns beside the new stream."""
-        value = None
-        if skip is not None:
-            x = x + skip
+        """All (R, T, D) but layer 0's values (R, T, H, K), which that layer itself returns beside the new stream."""
+        value, x = None, x if skip is None else x + skip
         if self.residual is not None:
             x = self.residual * x + self.x0 * shared.x0
         if self.bigram is not None:
@@ -951,10 +894,7 @@ class Block(nn.Module):
         query, key, own = heads.chunk(3, dim=2)  # (R, T, H, K)
         if self.qk_norm:
             query, key = rms_norm(query, self.epsilon), rms_norm(key, self.epsilon)
-        turns = shared.cosine[:tokens, None], shared.sine[:tokens, None]
-        if self.paired:  # head h of token t turns as position 2 t + h mod 2
-            turns = [table[:2 * tokens].view(tokens, 2, -1).repeat(1, self.heads // 2, 1)
-                     for table in (shared.cosine, shared.sine)]
+        turns = [table_of(table, tokens, self.heads, self.paired) for table in (shared.cosine, shared.sine)]
         query, key, value = rotate(query, *turns) * shared.scale, rotate(key, *turns), own
         if first_value is not None:
             value = torch.lerp(value, first_value, self.value_mix.to(value.dtype))
@@ -963,10 +903,10 @@ class Block(nn.Module):
             value = value + share * embedded.view(value.shape)
         if self.offset:
             key = offset_keys(key, 2 * shared.cosine.shape[-1], shared.alone)
-        if self.paired:  # heads h and h + H/2 as one of 2 T positions: tokens see each other through both (#58)
+        if self.paired:  # (R, 2 T, H / 2, K): a token's heads h and h + H / 2 are two positions of one head (#58)
             query, key, value = (x.reshape(rows, 2 * tokens, self.heads // 2, -1) for x in (query, key, value))
         seen = attend(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), mask)
-        seen = seen.transpose(1, 2).reshape(rows, tokens, self.heads, -1)
+        seen = seen.transpose(1, 2).reshape(rows, tokens, self.heads, -1)  # (R, T, H, K) again
         if self.attention_gate is not None:
             seen = seen * gate(x, self.attention_gate)[..., None]
         return F.linear(seen.flatten(2), out[0]), own
@@ -992,55 +932,50 @@ class GPT(nn.Module):
         wide, width = at_least_float32(dtype), config.width
         draw = torch.Generator().manual_seed(config.seed)
         table = torch.randn(padded, width, generator=draw)
-        if self.tied:  # as a head it starts small (#51)
-            self.embedding, self.head = (nn.Parameter((0.005 * table).to(dtype)) for _ in range(2))
-        else:
-            self.embedding = nn.Parameter(table.to(dtype))
-            self.head = nn.Parameter(torch.zeros(padded, width, dtype=wide))
+        self.embedding = nn.Parameter((0.005 * table if self.tied else table).to(dtype))  # as a head, small (#51)
+        self.head = nn.Parameter(self.embedding.data.clone() if self.tied else torch.zeros(padded, width, dtype=wide))
         self.blocks = nn.ModuleList(Block(config, layer, dtype) for layer in self.plan)
         for block in self.blocks:  # what adds to the stream starts at zero
             drawn = [(block.attention[:3], config.attention_init)] if block.attends else []
-            for weight, spread in [*drawn, (block.mlp[0], config.mlp_init)]:
+            for matrices, spread in [*drawn, (block.mlp[0], config.mlp_init)]:
                 bound = spread * (3 / width) ** 0.5
-                weight.data.copy_(torch.empty(weight.shape).uniform_(-bound, bound, generator=draw))
+                matrices.data.copy_(torch.empty(matrices.shape).uniform_(-bound, bound, generator=draw))
 
-        def zeros(*shape: int, dtype=wide) -> nn.Parameter:
-            return nn.Parameter(torch.zeros(shape, dtype=dtype))
+        def weight(*shape: int, first: float = 0.0, dtype=wide) -> nn.Parameter:
+            return nn.Parameter(torch.full(shape, first, dtype=dtype))
 
         tables = min(config.value_tables, len(set(config.value_layers)))
-        self.value_tables = nn.ParameterList(zeros(padded, width, dtype=dtype) for _ in range(tables))
+        self.value_tables = nn.ParameterList(weight(padded, width, dtype=dtype) for _ in range(tables))
         if config.bigram:
-            self.bigram_table = zeros(config.bigram * padded, width, dtype=dtype)
+            self.bigram_table = weight(config.bigram * padded, width, dtype=dtype)
         if config.smear:
-            self.smear_mix, self.smear_gate = zeros(), zeros(min(GATE_CHANNELS, width))
+            self.smear_mix, self.smear_gate = weight(), weight(min(GATE_CHANNELS, width))
         # The layers that receive the output of an earlier one: the second half that of the first, mirrored (U-net,
         # #11), or one of them through a gate (#45, #55).
         self.skips = {config.layers - 1 - i: i for i in range(config.layers // 2)} if config.unet_skips else {}
         if self.skips:
-            self.skip_mix = nn.Parameter(torch.ones(len(self.skips), dtype=wide))
+            self.skip_mix = weight(len(self.skips), first=1.0)
         if config.gated_skip:
             self.skips = {config.gated_skip[1]: config.gated_skip[0]}
-            self.skip_mix = nn.Parameter(torch.full((1,), -1.5, dtype=wide))
-            self.skip_gate = zeros(min(GATE_CHANNELS, width))
+            self.skip_mix, self.skip_gate = weight(1, first=-1.5), weight(min(GATE_CHANNELS, width))
         if config.backout:
-            self.backout_mix = nn.Parameter(torch.tensor(0.5, dtype=wide))
+            self.backout_mix = weight(first=0.5)
         positions = max(*config.row_tokens, config.val_row_tokens) * (2 if config.paired_layers else 1)
-        for name in ("cosine", "sine"):
-            table = torch.empty(positions, len(yarn_schedule(0, config)[0]), dtype=dtype)
-            self.register_buffer(name, table, persistent=False)
-        self.register_buffer("scale", torch.empty((), dtype=wide), persistent=False)
+        turning = len(yarn_schedule(0, config)[0])
+        for name, shape, kind in (("cosine", (positions, turning), dtype), ("sine", (positions, turning), dtype),
+                                  ("scale", (), wide)):
+            self.register_buffer(name, torch.empty(shape, dtype=kind), persistent=False)
         self.enter_stage(0)
 
     def enter_stage(self, stage: int) -> None:
         """Rotary tables and softmax scale of a stage; positions count from the start of the row."""
         if stage != self.stage:
-            frequencies, scale = yarn_schedule(stage, self.config)
+            (frequencies, scale), self.stage = yarn_schedule(stage, self.config), stage
             position = torch.arange(len(self.cosine), dtype=torch.float64, device=self.cosine.device)
             angle = torch.outer(position, frequencies.to(position.device))
             self.cosine.copy_(angle.cos())
             self.sine.copy_(angle.sin())
             self.scale.fill_(scale)
-            self.stage = stage
 
     def compile_parts(self) -> None:
         """Compile per block, not the whole model: layers of one kind share a graph, and each gradient is there, and its
@@ -1071,11 +1006,10 @@ class GPT(nn.Module):
                 skip = share * outputs[self.skips[i]]
             if layer.table is not None:
                 values = F.embedding(inputs, self.value_tables[layer.table])
-            arguments = (block, x, shared, masks.get((layer.short, layer.paired)), skip, first_value, values)
+            run = self.run_block
             if config.recompute and torch.is_grad_enabled():
-                x, value = recomputed(self.run_block, *arguments, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x, value = self.run_block(*arguments)
+                run = functools.partial(recomputed, run, use_reentrant=False, preserve_rng_state=False)
+            x, value = run(block, x, shared, masks.get((layer.short, layer.paired)), skip, first_value, values)
             if i in kept:
                 outputs[i] = x
             if config.value_residual and i == 0:
@@ -1099,9 +1033,8 @@ class GPT(nn.Module):
 
 
 def attention_masks(model: GPT, starts: Tensor, windows: tuple[int, int]) -> dict[tuple[bool, bool], list]:
-    """(R, T) bool and the (long, short) windows -> the mask of each kind of layer, by (is short, is paired), in the
-    form that the model's attention takes: blocks where it is compiled, spans elsewhere. Windows count positions, of
-    which a token has two in paired layers."""
+    """(R, T) bool and the (long, short) windows -> a mask per kind of layer, by (is short, is paired): blocks where
+    attention is compiled, spans elsewhere. Windows count positions, of which a token has two in paired layers."""
     masks, doubled = {}, torch.stack((starts, torch.zeros_like(starts)), dim=-1).flatten(1)
     for short, paired in {(layer.short, layer.paired) for layer in model.plan if layer.attends}:
         first_key = first_visible_key(doubled if paired else starts, windows[short])
@@ -1157,11 +1090,10 @@ def loss_of_chunk(hidden: Tensor, head: Tensor, turned_head: Tensor | None, targ
     loss = sum(weight * losses[k] for k, weight in enumerate(weights))
     if not with_gradient:
         return loss, losses[0], None, None
-    column, slope = torch.arange(head.shape[0], device=targets.device), 0
+    column = torch.arange(head.shape[0], device=targets.device)
     counted = sum(weight * (targets[:, k:k + 1] >= 0) for k, weight in enumerate(weights))
-    for k, weight in enumerate(weights):
-        slope = slope + weight * (column == targets[:, k:k + 1])
-    slope = ((logits - normaliser).exp() * counted - slope) * bend
+    wanted = sum(weight * (column == targets[:, k:k + 1]) for k, weight in enumerate(weights))
+    slope = ((logits - normaliser).exp() * counted - wanted) * bend
     if turned_head is not None:
         slope = float8(slope, SLOPE_UNIT, torch.float8_e5m2)
         return (loss, losses[0], scaled_product(slope, turned_head, SLOPE_UNIT * HEAD_UNIT, narrow),
@@ -1206,19 +1138,16 @@ class ChunkedLoss(torch.autograd.Function):
 # Optimizers. In: gradients of this process's rows. Out: updated parameters, equal on all processes. Every group of
 # parameters lies in one tensor; each process reduces, updates and keeps optimizer state for its own slice of it only.
 
-
 # torch 2.13 renamed both; 2.11 and 2.12 know the older names only.
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 class Group:
-    """Parameters of one kind as consecutive slices of one tensor, padded so that it divides among the processes.
-
-    The parameters and their gradients become views of `weights` and `gradients`. An update is reduce (gradients summed,
-    each process receives its slice), update (of that slice, in the subclass), gather (slices to all processes). A
-    reduction starts by itself in the backward pass, as soon as the last gradient of the group has arrived.
-    """
+    """Parameters of one kind as consecutive slices of one tensor, padded so that it divides among the processes. They
+    and their gradients become views of `weights` and `gradients`. An update is reduce (gradients summed, each process
+    receives its slice), update (of that slice, in the subclass), gather (slices to all processes). A reduction starts
+    by itself in the backward pass, as soon as the last gradient of the group has arrived."""
 
     def __init__(self, name: str, parameters: list[nn.Parameter], item: int, config: Config, processes: Processes,
                  every: int = 1, after: int = -1):
@@ -1240,20 +1169,17 @@ class Group:
         share = len(self.weights) // world
         self.mine = slice(processes.rank * share, (processes.rank + 1) * share)
         self.shard = self.weights[self.mine]
-        self.shard_gradient = self.gradients if world == 1 else torch.empty_like(self.shard)
+        self.shard_gradient = self.gradients if world == 1 else torch.zeros_like(self.shard)
         self.missing, self.work = 0, None
         self.state, self.kernel = [], None  # optimizer buffers and the function that updates the slice
-
-    def wide_zeros(self, *shape: int) -> Tensor:
-        """A buffer of the optimizer, of the slice's shape or another one, at least float32 whatever the weights are."""
-        return self.shard.new_zeros(shape or self.shard.shape, dtype=at_least_float32(self.shard.dtype))
+        self.wide = at_least_float32(self.shard.dtype)  # of the buffers, whatever the weights are
 
     def spread(self, values: list, lengths: list[int]) -> Tensor:
         """One value (or tuple of them) for each parameter -> this process's slice of one for each item."""
-        each = torch.tensor(values, dtype=at_least_float32(self.shard.dtype))
-        each = each.repeat_interleave(torch.tensor(lengths), 0)
-        padding = each.new_zeros(len(self.weights) - len(each), *each.shape[1:])
-        return torch.cat((each, padding))[self.mine].to(self.shard.device)
+        each = torch.tensor(values, dtype=self.wide)
+        spread = each.new_zeros(len(self.weights), *each.shape[1:])  # the padding keeps zeros
+        spread[:sum(lengths)] = each.repeat_interleave(torch.tensor(lengths), 0)
+        return spread[self.mine].to(self.shard.device)
 
     def compile_update(self) -> None:
         self.kernel = torch.compile(self.kernel, dynamic=False, fullgraph=True)
@@ -1262,8 +1188,7 @@ class Group:
         return step > self.after and (step + 1) % self.every == 0
 
     def expect_gradients(self) -> None:
-        """The next backward pass is the update's last: reduce as soon as every gradient is there. In the passes before,
-        the count falls below zero and nothing starts."""
+        """The next backward pass is the last: reduce when all are there. Before, the count is below zero throughout."""
         self.missing = len(self.parameters)
 
     def arrived(self, _parameter) -> None:
@@ -1272,7 +1197,7 @@ class Group:
             self.reduce()
 
     def reduce(self) -> None:
-        """Start the sum over processes."""
+        """Start the sum over processes, if it has not been."""
         if self.processes.world > 1 and self.work is None:
             self.work = reduce_scatter(self.shard_gradient, self.gradients, async_op=True)
 
@@ -1290,7 +1215,7 @@ class Group:
 
     def scalar(self, value: float) -> Tensor:
         """A number that changes from step to step, as a tensor: a compiled update sees no new constant."""
-        return torch.tensor(value, dtype=at_least_float32(self.weights.dtype))
+        return torch.tensor(value, dtype=self.wide)
 
 
 # Margin on the norm, and coefficients of the quintics a x + b x^3 + c x^5 that drive every singular value in (0, 1]
@@ -1308,10 +1233,8 @@ ORTHOGONALISERS = {
 
 
 def orthogonalise(update: Tensor, kind: str, dtype: torch.dtype) -> Tensor:
-    """(..., rows, columns) -> the same shape in `dtype`: about U V^T of each matrix's U S V^T (Muon).
-
-    A zero matrix stays zero. The size of the input does not matter, however small: its largest entry divides it first.
-    """
+    """(..., rows, columns) -> the same shape in `dtype`: about U V^T of each matrix's U S V^T (Muon). A zero matrix
+    stays zero. The size of the input does not matter, however small: its largest entry divides it first."""
     margin, quintics = ORTHOGONALISERS[kind]
     x = update / update.abs().amax((-2, -1), keepdim=True).clamp_min(torch.finfo(update.dtype).tiny)
     x = (x / (margin * x.square().sum((-2, -1), keepdim=True).sqrt()).clamp_min(1)).to(dtype)
@@ -1356,11 +1279,8 @@ def muon_update(weight: Tensor, gradient: Tensor, momentum: Tensor, average: Ten
         update = equalise_rows(update, average, beta2)
     old = weight if low is None else joined(weight, low)
     new = old - scale * rate * (update + decay * rate * old * (update * old >= 0))
-    if low is None:
-        weight.copy_(new)
-    else:
-        for part, bits in zip((weight, low), split(new), strict=True):
-            part.copy_(bits)
+    for part, value in [(weight, new)] if low is None else zip((weight, low), split(new), strict=True):
+        part.copy_(value)
 
 
 def adam_update(weight: Tensor, gradient: Tensor, mean: Tensor, square: Tensor, settings: Tensor, factor: Tensor,
@@ -1385,7 +1305,8 @@ class Muon(Group):
         super().__init__(name, parameters, 2, config, processes)
         self.learning_rate, self.dtype, self.kernel = config.muon_lr, dtype, muon_update
         count, rows, columns = self.shard.shape
-        self.state = [self.wide_zeros(), self.wide_zeros(count, *((rows, 1) if rows >= columns else (1, columns)))]
+        equalised = (rows, 1) if rows >= columns else (1, columns)
+        self.state = [self.shard.new_zeros(count, *shape, dtype=self.wide) for shape in ((rows, columns), equalised)]
         if self.weights.dtype == torch.bfloat16:
             self.state.append(torch.zeros_like(self.shard, dtype=torch.int16))
         self.scale = self.spread(scales * len(parameters), [1] * len(scales) * len(parameters))[:, None, None]
@@ -1406,9 +1327,8 @@ class Adam(Group):
         """settings: (rate, beta1, beta2, decay) of each parameter."""
         super().__init__(name, parameters, item, config, processes, config.adam_every, after)
         self.learning_rate, self.kernel = max(rate for rate, *_ in settings), adam_update
-        self.state = [self.wide_zeros(), self.wide_zeros()]
-        items = [math.prod(p.shape[:p.dim() - item]) for p in parameters]
-        self.settings = self.spread(settings, items)
+        self.state = [torch.zeros_like(self.shard, dtype=self.wide) for _ in range(2)]
+        self.settings = self.spread(settings, [math.prod(p.shape[:p.dim() - item]) for p in parameters])
 
     def update(self, step: int) -> None:
         self.kernel(self.shard, self.shard_gradient, *self.state, self.settings,
@@ -1424,22 +1344,23 @@ def optimizer_groups(model: GPT, config: Config, dtype: torch.dtype, processes: 
     large = ("head", "embedding", "mlp", "attention", "bigram_table")
     small = {name: p for name, p in model.named_parameters()
              if name.split(".")[-1] not in large and not name.startswith("value_tables.")}
-    attention = [block.attention for block in model.blocks if block.attends]
+    # Gates before scalars, so that each begins on 16 bytes: where layers share a compiled graph, its kernels rely on
+    # what they saw of the first layer's, and a GPU's wide loads fault elsewhere.
+    small = dict(sorted(small.items(), key=lambda named: -named[1].numel()))
+    attention, tables = [block.attention for block in model.blocks if block.attends], list(model.value_tables)
     up_scale = max(1, config.mlp_ratio) ** 0.5  # Muon's sqrt(max(1, outputs / inputs))
     groups = [Adam("head", [model.head], 1, [config.adam_head], config, processes),
               Muon("mlp", [b.mlp for b in model.blocks], [up_scale, config.down_scale], config, dtype, processes)]
     if attention:
         groups.append(Muon("attention", attention, [1.0] * 4, config, dtype, processes))
-    if small:
-        each = [settings.get(name.split(".")[-1], config.adam_scalars) for name in small]
-        groups.append(Adam("small", list(small.values()), 0, each, config, processes))
-    if config.value_layers:
-        tables = list(model.value_tables)
-        groups.append(Adam("values", tables, 1, [config.adam_tables] * len(tables), config, processes))
-    if config.bigram:
-        groups.append(Adam("bigrams", [model.bigram_table], 1, [config.adam_tables], config, processes))
-    groups.append(Adam("embedding", [model.embedding], 1, [config.adam_embedding], config, processes,
-                       after=last_tied_step(config)))
+    each = [settings.get(name.split(".")[-1], config.adam_scalars) for name in small]
+    for name, parameters, item, rates, after in (
+            ("small", list(small.values()), 0, each, -1),
+            ("values", tables, 1, [config.adam_tables] * len(tables), -1),
+            ("bigrams", [model.bigram_table] if config.bigram else [], 1, [config.adam_tables], -1),
+            ("embedding", [model.embedding], 1, [config.adam_embedding], last_tied_step(config))):
+        if parameters:
+            groups.append(Adam(name, parameters, item, rates, config, processes, after))
     if processes.world > 1:
         for group in groups:
             dist.broadcast(group.weights, 0)
@@ -1467,14 +1388,14 @@ def apply_updates(groups: list[Group], step: int) -> None:
 
 def parameter_table(groups: dict[str, Group]) -> str:
     """What is trained, by which optimizer, at which rate (where a group has several, the highest)."""
-    rows = [("group", "tensors", "shape", "dtype", "parameters", "optimizer", "rate")]
+    rows, total = [("group", "tensors", "shape", "dtype", "parameters", "optimizer", "rate")], 0
     for group in groups.values():
         count, shape = sum(p.numel() for p in group.parameters), " x ".join(map(str, group.weights.shape[1:])) or "-"
         rows.append((group.name, len(group.parameters), shape, str(group.weights.dtype)[6:], f"{count:,}",
                      type(group).__name__, f"{group.learning_rate:g}"))
-    total = sum(p.numel() for group in groups.values() for p in group.parameters)
-    return "\n".join("{:10} {:>7} {:>16} {:>9} {:>12} {:>9} {:>8}".format(*row)
-                     for row in [*rows, ("total", "", "", "", f"{total:,}", "", "")])
+        total += count
+    rows.append(("total", "", "", "", f"{total:,}", "", ""))
+    return "\n".join("{:10} {:>7} {:>16} {:>9} {:>12} {:>9} {:>8}".format(*row) for row in rows)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1483,9 +1404,9 @@ def parameter_table(groups: dict[str, Group]) -> str:
 
 def train_step(model: GPT, groups: dict[str, Group], batch: Batch, step: int) -> Tensor:
     """Forward and backward over the micro-batches, then the updates that are due. Returns (processes,) losses of the
-    next token, each process's sum divided by all tokens of the step, on the device: reading them is left to the caller,
-    who need not wait. Gradients are of the sum over tokens, divided by the first stage's batch throughout: they grow
-    with the batch, while Adam's moments go on (#46)."""
+    next token, each process's sum divided by all tokens of the step, on the device: the caller need not wait for them.
+    Gradients are of the sum over tokens, divided by the first stage's batch throughout: they grow with the batch, while
+    Adam's moments go on (#46)."""
     config, processes = model.config, groups["head"].processes
     stage, windows, weights = stage_of(step, config), windows_at(step, config), multi_token_weights(step, config)
     model.enter_stage(stage)
@@ -1497,9 +1418,8 @@ def train_step(model: GPT, groups: dict[str, Group], batch: Batch, step: int) ->
     micros = [Batch(*parts) for parts in zip(*(part.split(at_once) for part in batch), strict=True)]
     total = torch.zeros((), dtype=at_least_float32(model.embedding.dtype), device=processes.device)
     for number, micro in enumerate(micros):
-        if number == len(micros) - 1:
-            for group in due:
-                group.expect_gradients()
+        for group in due if number == len(micros) - 1 else ():
+            group.expect_gradients()
         loss, next_token = model.loss(micro, attention_masks(model, micro.starts, windows), weights)
         (loss / config.tokens_per_step[0]).backward()
         total += next_token / value_at(config.tokens_per_step, stage)
@@ -1514,16 +1434,13 @@ def train_step(model: GPT, groups: dict[str, Group], batch: Batch, step: int) ->
 @torch.no_grad()
 def validate(model: GPT, stream: TokenStream, tokens: int, step: int, processes: Processes) -> float:
     """Mean cross-entropy of the next token over the first `tokens` targets of the stream, each counted once, in nats.
-
-    Rows go round the processes in groups as large as a micro-batch. The last row may be ragged. The sum over tokens is
-    divided once, so that neither the number of processes nor that size matters.
-    """
-    config, row = model.config, model.config.val_row_tokens
+    Rows go round the processes in groups as large as a micro-batch, the last may be ragged; the sum over tokens is
+    divided once, so that neither the number of processes nor that size matters."""
+    config, row, windows = model.config, model.config.val_row_tokens, windows_at(step, model.config)
     rows = rows_at_once(config, row, processes.device)
-    passes = -(-tokens // (rows * row * processes.world))
-    windows = windows_at(step, config)
     model.enter_stage(stage_of(step, config))
-    places = ((index * processes.world + processes.rank) * rows * row for index in range(passes))
+    passes = range(-(-tokens // (rows * row * processes.world)))  # as many on every process
+    places = ((index * processes.world + processes.rank) * rows * row for index in passes)
     batches = (read_rows(stream, place, rows, row, tokens) for place in places)
     total = torch.zeros((), dtype=torch.float64, device=processes.device)
     for batch in prefetched(batches, processes):
@@ -1534,12 +1451,11 @@ def validate(model: GPT, stream: TokenStream, tokens: int, step: int, processes:
 
 
 def warm_up(model: GPT, groups: dict[str, Group], processes: Processes, batch_of, check) -> float:
-    """Compile everything on throw-away steps of every stage, put every number back, and return the seconds it took.
-
-    The first process of a machine goes first, the others find its results on disk. Nothing is exchanged meanwhile. From
-    here on a recompilation is an error, so that none can hide inside the timed region.
-    """
+    """Compile everything on throw-away steps of every stage, put every number back, and return the seconds it took. The
+    first process of a machine goes first, the others find its kernels on disk. Nothing is exchanged meanwhile. From
+    here on a recompilation is an error, so that none can hide inside the timed region."""
     begin, config, tied = time.perf_counter(), model.config, model.tied
+    goes_first = int(os.environ.get("LOCAL_RANK", "0")) == 0
     torch.compiler.set_stance("default")
     changed = [tensor for group in groups.values() for tensor in (group.weights, group.gradients, *group.state)]
     kept = [tensor.to("cpu", copy=True) for tensor in changed]  # not on the GPU: they would count as its peak memory
@@ -1547,13 +1463,13 @@ def warm_up(model: GPT, groups: dict[str, Group], processes: Processes, batch_of
     steps = sorted({step + i for step in first for i in range(config.adam_every) if step + i < config.steps})
     for group in groups.values():
         group.processes = Processes(0, 1, processes.device)
-    if int(os.environ.get("LOCAL_RANK", "0")) > 0:
+    if not goes_first:
         processes.barrier()
     for step in steps:
         train_step(model, groups, batch_of(step), step)
         check(step)
     check(config.steps)
-    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+    if goes_first:
         processes.barrier()
     for group in groups.values():
         group.processes = processes
@@ -1576,7 +1492,6 @@ class RunLog:
     """What a run leaves behind, written by process 0 only; on the other processes every method does nothing."""
 
     def __init__(self, config: Config, processes: Processes):
-        """Raises Refusal where the folder cannot be made."""
         self.config, self.folder, self.text, self.metrics, self.bar = config, None, None, None, None
         if processes.rank > 0:
             return
@@ -1608,10 +1523,9 @@ class RunLog:
         """One object in metrics.jsonl, and a line as speedrun logs have it; `step` counts the updates done."""
         if self.folder is None:
             return
-        tokens = tokens_until(step, self.config)
+        tokens, (kind, loss) = tokens_until(step, self.config), next(iter(losses.items()))
         record = {"step": step, "tokens": tokens, **losses, "train_time_s": round(seconds, 6)}
         self.metrics.write(json.dumps(record) + "\n")
-        kind, loss = next(iter(losses.items()))
         if kind == "val_loss" or step % 10 == 0 or step < 10:
             self.line(f"step:{step}/{self.config.steps} {kind}:{loss:.4f} train_time:{1000 * seconds:.0f}ms "
                       f"step_avg:{1000 * seconds / max(1, step):.2f}ms", show=kind == "val_loss" or self.bar is None)
@@ -1629,13 +1543,13 @@ def environment(processes: Processes) -> str:
     """Versions and hardware, for the log."""
     lines = [f"python {platform.python_version()}, torch {torch.__version__}, CUDA {torch.version.cuda}, "
              f"{platform.system()} {platform.machine()}, {processes.world} process(es)"]
-    if processes.device.type == "cuda":
-        lines.append(f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(processes.device)}")
-        if processes.rank == 0 and shutil.which("nvidia-smi"):
-            lines.append(subprocess.run(["nvidia-smi"], capture_output=True, text=True).stdout)
-    else:
+    if processes.device.type == "cpu":
         bf16 = "with" if torch.cpu._is_avx512_bf16_supported() else "without"
-        lines.append(f"CPU, {torch.get_num_threads()} threads per process, {os.cpu_count()} cores, {bf16} avx512_bf16")
+        lines += [f"CPU, {torch.get_num_threads()} threads per process, {os.cpu_count()} cores, {bf16} avx512_bf16"]
+    else:
+        lines += [f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(processes.device)}"]
+        if processes.rank == 0 and shutil.which("nvidia-smi"):
+            lines += [subprocess.run(["nvidia-smi"], capture_output=True, text=True).stdout]
     return "\n".join(lines)
 
 
@@ -1643,25 +1557,22 @@ def peak_memory(device: torch.device) -> float:
     """Most memory this process has held so far, in MiB: allocated on the GPU, or resident on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    try:
-        import resource
-    except ImportError:  # Windows
+    if sys.platform == "win32":
         return math.nan
+    import resource
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def load_compile_cache(config: Config) -> str:
     """Give the compiler what the newest run with a cache has left: a restart then compiles in seconds. What was made
     for other code, another torch or another GPU is simply not found in it. Returns what to say of it."""
-    caches = sorted(Path(config.out).glob("*/compile_cache.bin"))
-    if not caches:
+    cache, found = max(Path(config.out).glob("*/compile_cache.bin"), default=None), None
+    if cache is None:
         return "the first time takes minutes"
     logging.getLogger("torch.compiler._cache").setLevel(logging.CRITICAL)  # a damaged file is worth no traceback
-    try:
-        found = torch.compiler.load_cache_artifacts(caches[-1].read_bytes())
-    except OSError:
-        found = None
-    return f"reusing {caches[-1]}" if found else f"{caches[-1]} is damaged and not used: it takes minutes"
+    with contextlib.suppress(OSError):
+        found = torch.compiler.load_cache_artifacts(cache.read_bytes())
+    return f"reusing {cache}" if found else f"{cache} is damaged and not used: it takes minutes"
 
 
 def save_compile_cache(path: Path) -> str:
@@ -1677,9 +1588,8 @@ def save_compile_cache(path: Path) -> str:
 
 
 def save_model(path: Path, model: GPT, stream: TokenStream, step: int, val_loss: float) -> None:
-    """Weights and plain values, for `torch.load(weights_only=True)`; a temporary name until it is whole. Raises Refusal
-    where it cannot be written."""
-    partial = path.with_suffix(".partial")
+    """Weights and plain values, for `torch.load(weights_only=True)`. Raises Refusal where it cannot be written."""
+    partial = path.with_suffix(".partial")  # its name until it is whole
     saved = {"config": dataclasses.asdict(model.config), "vocabulary": stream.vocabulary,
              "separator": stream.separator, "dtype": str(model.embedding.dtype).removeprefix("torch."),
              "step": step, "val_loss": val_loss,
@@ -1743,10 +1653,8 @@ class Clock:
         self.processes, self.seconds, self.started = processes, 0.0, None
 
     def start(self) -> None:
-        """Go on, if it stands still."""
-        if self.started is None:
-            self.processes.synchronize()
-            self.started = time.perf_counter()
+        self.processes.synchronize()
+        self.started = time.perf_counter()
 
     def stop(self) -> None:
         self.processes.synchronize()
@@ -1791,9 +1699,6 @@ def train(config: Config, processes: Processes) -> Path | None:
         log.line(f"notice: validating on all {val_tokens:,} targets of {config.val_files}, fewer than --val-tokens "
                  f"{config.val_tokens}")
 
-    def judge(step: int) -> float:
-        return validate(model, val_stream, val_tokens, step, processes)
-
     if can_compile(config, processes, dtype, log):
         model.compile_parts()
         for group in groups.values():
@@ -1825,15 +1730,15 @@ def train(config: Config, processes: Processes) -> Path | None:
             clock.stop()
             while underway:
                 read_loss(*underway.popleft())
-            val_loss = judge(step)
+            val_loss = validate(model, val_stream, val_tokens, step, processes)
             if not math.isfinite(val_loss):
                 raise Refusal(f"the validation loss after {step} steps is not finite; expected a number; no model was "
                               f"written; {lower_rates}")
             log.measured(step, clock.now(), val_loss=val_loss,
                          peak_memory_mib=round(peak_memory(processes.device), 1))
-        if step == config.steps:
-            break
-        clock.start()
+            if step == config.steps:
+                break
+            clock.start()
         losses = train_step(model, groups, next(batches), step)
         copied = losses.to("cpu", non_blocking=True)
         underway.append((step, copied, torch.cuda.current_stream().record_event() if on_gpu else None))
@@ -1851,15 +1756,16 @@ def train(config: Config, processes: Processes) -> Path | None:
 def main(arguments: list[str] | None = None) -> None:
     """The command line. Every process sees the same bad input: process 0 says so, the others leave it the word."""
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # less waste where sizes vary
+    is_first = int(os.environ.get("RANK", "0")) == 0
     try:
         config = parse_command_line(sys.argv[1:] if arguments is None else arguments)
         train(config, start_processes(config))
     except KeyboardInterrupt:
-        if int(os.environ.get("RANK", "0")) == 0:
+        if is_first:
             print("interrupted: losses so far are in the run folder; no model was written", file=sys.stderr)
         raise SystemExit(130) from None  # 128 + SIGINT, as shells count
     except (Refusal, torch.OutOfMemoryError) as error:
-        if int(os.environ.get("RANK", "0")) > 0:
+        if not is_first:
             time.sleep(5)  # torchrun ends the job when process 0 has spoken; what only this process saw is said after
         if isinstance(error, Refusal):
             raise

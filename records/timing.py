@@ -346,7 +346,8 @@ def group_members(shapes: Shapes) -> dict[str, list[torch.Tensor]]:
     members = {}
     for name, p in shapes.parameters.items():
         first, last = name.split(".")[0], name.split(".")[-1]
-        members.setdefault(last if last in ("attention", "mlp") else first if first in GROUPS else "small", []).append(p)
+        group = last if last in ("attention", "mlp") else first if first in GROUPS else "small"
+        members.setdefault(group, []).append(p)
     return members
 
 
