@@ -59,8 +59,9 @@ COMMANDS = {
 SHAKESPEARE = "--train-files 'data/shakespeare/*train*.bin' --val-files 'data/shakespeare/*val*.bin'"
 COMMANDS |= {f"python train_gpt2.py --preset tiny {options}{SHAKESPEARE}": "--steps 2 --val-tokens 2048 --width 32"
              for options in ("", "--val-every 10 ")}
-COMMANDS[f"python train_gpt2.py --preset tiny --steps 150 --val-every 10 {SHAKESPEARE}"] = (
-    "--val-tokens 2048 --width 16")
+COMMANDS |= {f"python train_gpt2.py --preset tiny --steps {steps} --val-every 10 {seed}{SHAKESPEARE}":
+             "--val-tokens 2048 --width 16" for steps, seed in ((150, ""), (130, ""), (130, "--seed 10 "))}
+COMMANDS[f"python records/ladder.py {SHAKESPEARE} --steps 160 --seeds 3 --leave-one-out --jobs 2"] = FEW_RUNS
 ORDER = list(COMMANDS)
 
 
