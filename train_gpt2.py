@@ -1562,10 +1562,15 @@ def peak_memory(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
+def compile_cache_name() -> str:
+    """A file for each process of a machine, for compiled graphs name the GPU that they are for."""
+    return f"compile_cache_{os.environ.get('LOCAL_RANK', '0')}.bin"
+
+
 def load_compile_cache(config: Config) -> str:
     """Give the compiler what the newest run with a cache has left: a restart then compiles in seconds. What was made
     for other code, another torch or another GPU is simply not found in it. Returns what to say of it."""
-    cache, found = max(Path(config.out).glob("*/compile_cache.bin"), default=None), None
+    cache, found = max(Path(config.out).glob(f"*/{compile_cache_name()}"), default=None), None
     if cache is None:
         return "the first time takes minutes"
     logging.getLogger("torch.compiler._cache").setLevel(logging.CRITICAL)  # a damaged file is worth no traceback
@@ -1707,7 +1712,10 @@ def train(config: Config, processes: Processes) -> Path | None:
         seconds = warm_up(model, groups, processes,
                           lambda step: next(prefetched(step_batches(stream, config, processes, step), processes)),
                           lambda step: validate(model, val_stream, 1, step, alone))
-        kept = save_compile_cache(log.folder / "compile_cache.bin") if log.folder is not None else ""
+        folder = [str(log.folder)]  # that process 0 made
+        if processes.world > 1:
+            dist.broadcast_object_list(folder, 0)
+        kept = save_compile_cache(Path(folder[0]) / compile_cache_name())
         log.line(f"compiled in {seconds:.0f} s, untimed, {kept}")
 
     clock, underway = Clock(processes), deque()  # the losses of steps that the device has been given but not read

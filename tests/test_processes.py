@@ -283,7 +283,7 @@ if task == "load":
     print(train_gpt2.load_compile_cache(train_gpt2.Config(out=out)))
 torch.compile(lambda x: x @ x.T)(torch.ones(4, 4))
 if task == "save":
-    train_gpt2.save_compile_cache(Path(out) / "20260102-000000-b" / "compile_cache.bin")
+    train_gpt2.save_compile_cache(Path(out) / "20260102-000000-b" / "compile_cache_0.bin")
 print(*(counters["inductor"]["fxgraph_cache_" + kind] for kind in ("hit", "miss")))
 """
 
@@ -292,7 +292,7 @@ def test_a_process_reuses_what_another_one_compiled(tmp_path):
     """From the newest run that has a cache, and into an empty cache of its own."""
     for name in ("20260101-000000-a", "20260102-000000-b", "20260103-000000-c"):
         (tmp_path / "logs" / name).mkdir(parents=True)
-    (tmp_path / "logs" / "20260101-000000-a" / "compile_cache.bin").write_bytes(b"old")
+    (tmp_path / "logs" / "20260101-000000-a" / "compile_cache_0.bin").write_bytes(b"old")
     counts = []
     for task in ("save", "load"):
         environment = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / task), "TRITON_CACHE_DIR": str(tmp_path / task)}
@@ -301,7 +301,7 @@ def test_a_process_reuses_what_another_one_compiled(tmp_path):
         *lines, count = done.stdout.splitlines()
         counts.append(count)
     assert counts == ["0 1", "1 0"]
-    assert str(tmp_path / "logs" / "20260102-000000-b" / "compile_cache.bin") in lines[0]
+    assert str(tmp_path / "logs" / "20260102-000000-b" / "compile_cache_0.bin") in lines[0]
 
 
 DAMAGED = """
@@ -313,7 +313,7 @@ for out in sys.argv[1:]:
 
 def test_a_damaged_compile_cache_is_one_line_and_no_more(tmp_path):
     """Empty, too short, garbage, a folder: the run goes on and compiles. None is said to be reused."""
-    paths = [tmp_path / name / "run" / "compile_cache.bin" for name in ("empty", "short", "garbage", "folder")]
+    paths = [tmp_path / name / "run" / "compile_cache_0.bin" for name in ("empty", "short", "garbage", "folder")]
     for path, content in zip(paths, (b"", b"\0", b"garbage" * 1000, None), strict=True):
         path.parent.mkdir(parents=True)
         path.mkdir() if content is None else path.write_bytes(content)

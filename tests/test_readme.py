@@ -48,6 +48,7 @@ COMMANDS = {
     f"python records/ladder.py {TEXT_FILES} --steps 160 --seeds 3 --leave-one-out --jobs 2": FEW_RUNS,
     "python records/ladder.py --size 124M --steps 1600 --leave-one-out": NEEDS_GPU,
     "python records/ladder.py --help": "",
+    "python records/timing.py --help": "",
     "python records/ladder.py OPTIONS": "a placeholder",
     "python records/check.py --store": "changes what ./run.sh check compares with",
     "python records/parts.py": "",
@@ -122,7 +123,7 @@ def test_command(command, copy):
     runs = sorted((copy / "logs").glob("*/model.pt"))
     output = run(f"{command} {COMMANDS[command]}".replace("logs/RUN/model.pt", str(runs[-1]) if runs else ""), copy)
     expected = {"check": "ok: this machine", "train_gpt2.py --help": "--tokens-per-step", "sample.py": "def ",
-                "train_gpt2.py --preset": "final val_loss", "text.py": "train on them with", "timing.py": "peak memory",
+                "train_gpt2.py --preset": "final val_loss", "text.py": "train on them with", "timing.py": "memory",
                 "parts.py": "million tokens/s", "ladder.py --": "ladder.md"}
     for part, text in expected.items():
         if part in command:
