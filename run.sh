@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The one command for a fresh machine.
 #
-#   ./run.sh [OPTIONS]   train: five-minute on all GPUs, or tiny on a CPU, then print a sample; OPTIONS go to the script
+#   ./run.sh [OPTIONS]   train: gpt2 on all GPUs, or tiny on a CPU, then print a sample; OPTIONS go to the script
 #                        (a --preset among them replaces that choice)
 #   ./run.sh test        run the tests; further arguments go to pytest
 #   ./run.sh check       20 small steps, compared with stored losses: does this machine compute our numbers?
@@ -71,18 +71,26 @@ if [[ "$PWD" != "$from" && $# -gt 0 ]]; then  # relative files are meant from wh
     set -- "${arguments[@]}"
 fi
 
+small=true  # whether it is tiny that trains, and on which text
+[[ " $* " != *" --preset"* || " $* " == *" --preset tiny "* || " $* " == *" --preset=tiny "* ]] || small=false
 gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)
 if [[ "$gpus" -gt 0 ]]; then
-    if [[ " $* " != *" --train-files"* && " $* " != *" --train_files"* ]]; then
-        say "fetching FineWeb where it is missing (validation and ten training shards, 2.1 GB)"
+    [[ " $* " == *" --preset"* ]] || small=false
+    if [[ "$small" == false && " $* " != *" --train-files"* && " $* " != *" --train_files"* ]]; then
+        say "fetching FineWeb where it is missing (validation and ten training shards, 2.2 GB)"
         python data/fineweb.py 10
     fi
-    say "training on $gpus GPU(s)"
-    exec python -m torch.distributed.run --standalone --nproc_per_node="$gpus" train_gpt2.py "$@"
+    if [[ "$small" == false ]]; then
+        say "training on $gpus GPU(s)"
+        exec python -m torch.distributed.run --standalone --nproc_per_node="$gpus" train_gpt2.py "$@"
+    fi
+    say "training the tiny model on one GPU"
+elif [[ "$small" == true ]]; then
+    say "no GPU: training the tiny model on this CPU"
+else
+    say "no GPU: training on this CPU"
 fi
-
-say "no GPU: training the tiny model on this CPU"
-if ! compgen -G 'data/text/text_train_*.bin' >/dev/null; then
+if [[ "$small" == true ]] && ! compgen -G 'data/text/text_train_*.bin' >/dev/null; then
     say "preparing text to train on: Python's own sources"
     python data/text.py
 fi

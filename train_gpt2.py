@@ -91,7 +91,7 @@ class Config:
     val_tokens: int = setting(10_485_760, "tokens", "validation tokens, always the first ones of the shards", 1)
     val_row_tokens: int = setting(262_144, "tokens", "row in validation", 1)
     # the model
-    layers: int = setting(11, "count", "transformer blocks", 1)
+    layers: int = setting(11, "count", "transformer blocks", 1, 1000)
     heads: int = setting(6, "count", "attention heads", 1)
     width: int = setting(768, "channels", "residual stream", 2)
     mlp_ratio: int = setting(4, "times width", "hidden channels of the MLP", 1)
@@ -122,7 +122,7 @@ class Config:
     backout: Ints = setting((7,), "layers", "layer whose output is in part subtracted before the head")
     rms_epsilon: float = setting(2.0**-23, "-", "added to the mean square before its root")
     softcap: Floats = setting((11.5, 15.0, 5.0), "height,range,shift", "height x tanh((logit + shift) / range); 0: off")
-    predicted_tokens: int = setting(3, "count", "tokens ahead that are predicted in the first stage, later fewer", 1)
+    predicted_tokens: int = setting(3, "count", "tokens predicted ahead in the first stage, later fewer", 1, 64)
     tied_until: float = setting(2 / 3, "of schedule", "embedding and head are one table till then; 0: never", 0, 1)
     attention_init: float = setting(1.0, "/ sqrt(width)", "spread of the first query, key and value weights")
     mlp_init: float = setting(0.5, "/ sqrt(width)", "spread of the first up weights")
@@ -164,7 +164,7 @@ PLAIN = {  # what neither of the other presets takes from the hundred-second rec
     "adam_every": 1, "rate_levels": (1.0,)}
 PRESETS = {
     "gpt2": {},
-    "five-minute": PLAIN | {  # every other technique at its neutral value too, and the settings of record 12
+    "five-minute": PLAIN | {  # every other technique of later records at its neutral value too; the rest is record 12
         "document_tokens": 0, "steps": 1875, "extension": 0.0, "tokens_per_step": (524_288,), "row_tokens": (65_536,),
         "val_every": 125, "val_row_tokens": 65_536, "layers": 12, "window": (1023,), "paired_layers": (),
         "rotary_base": 10_000.0, "rotary_share": 1.0, "yarn": False, "key_offset": False, "value_layers": (),
@@ -245,7 +245,8 @@ def parse_value(flag: str, text: str, option: dataclasses.Field):
     except (ValueError, OverflowError):
         valid = False
     if not valid:
-        what = ("a list of " if is_list else "a ") + ("whole number" if kind is int else "number") + "s" * is_list
+        count = f"{counts[0]} to {counts[-1]} " if len(counts) == 4 else f"{counts[0]} " if len(counts) == 1 else ""
+        what = (f"a list of {count}" if is_list else "a ") + "whole " * (kind is int) + "number" + "s" * is_list
         bounds = f"from {low} to {high}" if high < math.inf else f"of at least {low}"
         raise Refusal(f"{flag} {text} is not {what} {bounds}{', joined by commas' * is_list}; "
                       f"for example {flag} {spelled(option.default)}")
@@ -258,6 +259,8 @@ def check_config(config: Config) -> None:
         raise Refusal(f"{spelled_flag(name)} {spelled(getattr(config, name))} {problem}; "
                       f"the nearest is {spelled_flag(name)} {spelled(better)}")
 
+    if config.paired_layers and config.heads % 2:
+        refuse("heads", "cannot be paired (--paired-layers none does without)", config.heads + 1)
     divisible = {"row_tokens": ((MASK_BLOCK,), "mask blocks"), "val_row_tokens": ((MASK_BLOCK,), "mask blocks"),
                  "tokens_per_step": (config.row_tokens, "rows"), "width": ((2 * config.heads,), "pairs for each head")}
     for name, (units, what) in divisible.items():
@@ -285,8 +288,9 @@ def check_config(config: Config) -> None:
         refuse("backout", "is more than one layer", config.backout[:1])
     if config.softcap[0] and not config.softcap[1]:
         refuse("softcap", "has a range of 0", Config.softcap)
-    if config.paired_layers and config.heads % 2:
-        refuse("heads", "cannot be paired (--paired-layers none does without)", config.heads + 1)
+    for stage in range(4 if config.short_layers else 0):
+        if value_at(config.window_short, stage) > value_at(config.window, stage):
+            refuse("window_short", f"exceeds --window {spelled(config.window)}", config.window)
 
 
 def check_processes(config: Config, world: int) -> None:
@@ -1337,7 +1341,7 @@ class Adam(Group):
 
 def optimizer_groups(model: GPT, config: Config, dtype: torch.dtype, processes: Processes) -> dict[str, Group]:
     """Every parameter in exactly one group, in the order in which backward completes them."""
-    rate, *betas, _ = config.adam_gates
+    rate, *betas, _ = config.adam_gates  # the gates of smear (#52) and skip (#55) move more slowly
     settings = {"attention_gate": config.adam_gates, "value_gate": config.adam_gates, "x0": config.adam_x0,
                 "smear_gate": (0.01 * rate, *betas, 0.0), "skip_gate": (0.05 * rate, *betas, 0.0)}
     large = ("head", "embedding", "mlp", "attention", "bigram_table")
@@ -1637,8 +1641,11 @@ def open_data(config: Config) -> tuple[TokenStream, TokenStream, int]:
         if stream.tokens < least:
             raise Refusal(f"{pattern} holds {stream.tokens} token{'s' * (stream.tokens > 1)}, expected {least} or "
                           f"more; get them: {shard_command(pattern)}")
-    needed = 0 if config.repeat else tokens_needed(train, config)
-    if needed > train.tokens:
+    needed, inputs = tokens_needed(train, config), tokens_until(config.steps, config)
+    if needed > 4 * inputs + train.tokens // len(train.shards):
+        raise Refusal(f"--long-documents drop would use {inputs:,} of {needed:,} tokens: the documents of "
+                      f"{config.train_files} are long; give --long-documents continue")
+    if needed > train.tokens and not config.repeat:
         shards = len(train.shards) + math.ceil((needed - train.tokens) / max(s.tokens for s in train.shards))
         most, needs = config.steps, needed
         while most and needs > train.tokens:  # the borders of the stages are rounded
