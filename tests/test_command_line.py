@@ -58,7 +58,7 @@ def test_every_spelling_of_an_option(arguments):
 @pytest.mark.parametrize("name, text, value", [
     ("steps", "17", 17), ("muon_lr", "1e-3", 1e-3), ("out", "a=b", "a=b"), ("repeat", "true", True),
     ("repeat", "false", False), ("qk_norm", "false", False), ("dtype", "float64", "float64"),
-    ("compile", "none", "none"), ("window", "64", (64,)), ("window", "64,96", (64, 96)),
+    ("compile", "none", "none"), ("window", "2000", (2000,)), ("window", "1000,2000", (1000, 2000)),
     ("window_short", "1,2,3,4", (1, 2, 3, 4)), ("rate_levels", "1,2.5", (1.0, 2.5)),
     ("softcap", "0,1,0", (0.0, 1.0, 0.0)),
     ("adam_head", "1e-3,0.5,0.9,0", (1e-3, 0.5, 0.9, 0.0)), ("short_layers", "none", ()), ("short_layers", "4", (4,)),
@@ -131,10 +131,11 @@ def test_a_missing_value():
 @pytest.mark.parametrize("name, value, expected", [
     ("steps", "many", "a whole number"), ("steps", "1.5", "a whole number"), ("steps", "", "a whole number"),
     ("steps", "--layers", "a whole number"), ("muon-lr", "fast", "a number"),
-    ("row-tokens", "128;256", "a list of whole numbers"), ("row-tokens", "128,,256", "a list of whole numbers"),
-    ("window", "64,1.5", "a list of whole numbers"), ("window", "64,", "a list of whole numbers"),
+    ("row-tokens", "128;256", "a list of 1 to 4 whole numbers"),
+    ("row-tokens", "128,,256", "a list of 1 to 4 whole numbers"),
+    ("window", "64,1.5", "a list of 1 to 4 whole numbers"), ("window", "64,", "a list of 1 to 4 whole numbers"),
     ("short-layers", "all", "a list of whole numbers"), ("short-layers", "none,1", "a list of whole numbers"),
-    ("adam-head", "0.1,fast,0.9,0", "a list of numbers"), ("repeat", "yes", "true, false"),
+    ("adam-head", "0.1,fast,0.9,0", "a list of 4 numbers"), ("repeat", "yes", "true, false"),
     ("repeat", "True", "the nearest is --repeat true"),
     ("preset", "tinny", "the nearest is --preset tiny"), ("dtype", "float16", "auto, bfloat16, float32, float64"),
     ("device", "gpu", "auto, cpu, cuda"), ("compile", "max", "auto, none"),
@@ -445,6 +446,27 @@ def test_the_last_step_needs_one_token_more(tmp_path, steps, allowed):
     else:
         assert "needs 21,505" in refusal(train_gpt2.open_data, config)
         train_gpt2.open_data(dataclasses.replace(config, repeat=True))
+
+
+def test_long_documents_of_which_most_would_be_dropped(tmp_path, corpus):
+    """One document of 9,000 tokens gives one row of 128: the run would see the same few tokens over and over."""
+    book = random_documents(9000, length=10**9)
+    write_shard(tmp_path / "book.bin", book, 257, 256)
+    changes = dict(base=RECIPE, train_files=tmp_path / "book.bin", repeat=True)
+    config = parse_command_line(command(corpus, **changes))
+    line = refusal(train_gpt2.open_data, config)
+    assert "--long-documents drop would use" in line and "give --long-documents continue" in line
+    train_gpt2.open_data(dataclasses.replace(config, long_documents="continue"))
+    train_gpt2.open_data(parse_command_line(command(corpus, base=RECIPE, repeat=True)))  # documents of usual length
+
+
+@pytest.mark.parametrize("arguments, nearest", [
+    (["--window", "64"], "64"), (["--window", "384,400"], "384,400"),
+    (["--preset", "tiny", "--short-layers", "1"], "128")])
+def test_a_short_window_longer_than_the_long_one(arguments, nearest):
+    line = refused_option(*arguments)
+    assert line.startswith("--window-short ") and line.endswith(f"the nearest is --window-short {nearest}")
+    parse_command_line([*arguments, "--window-short", nearest])
 
 
 def test_a_single_validation_token(refused_run, tmp_path):
