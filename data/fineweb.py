@@ -2,7 +2,7 @@
 (200 MB) each, from a public dataset repository. Files that are already whole are kept, so a run that was stopped
 goes on with the first file it lacks when the same command is given again.
 
-    python data/fineweb.py        # what the five-minute recipe opens: ten training shards, 2.2 GB
+    python data/fineweb.py        # what the five-minute recipe opens: ten training shards, 2.2 GB; gpt2 needs about six
     python data/fineweb.py 1      # the least that can be trained on
 """
 
