@@ -612,12 +612,12 @@ def training_row(stream: TokenStream, position: int, row_tokens: int, config: Co
     document_tokens (#29). What is cut off, by that or by the row's end, is dropped, or is the next document."""
     count, most = row_tokens + 1, config.document_tokens or row_tokens + 1
     span = count if config.long_documents == "continue" else count + count // 2
-    while True:
+    while True:  # until what was read holds a row and the start of the document after it
         tokens, starts = stream.read(position, span)
         place = np.arange(span)
         inside = place - np.maximum.accumulate(place * starts)  # each token's place in its document
         if config.long_documents == "continue":
-            return tokens, starts | (inside % most == 0), position + row_tokens
+            return tokens, starts | (inside % most == 0), position + row_tokens  # the last target is the next's input
         kept = np.flatnonzero(inside < most)[:count]
         following = np.flatnonzero(starts[kept[-1] + 1:])  # documents after the one that fills the row
         if len(kept) == count and len(following):
@@ -869,9 +869,9 @@ class Block(nn.Module):
         self.into = weight(first=0.5, used=layer.attends and config.attention_mix)
         self.out = weight(first=1.0, used=layer.attends and config.attention_mix)
         self.value_mix = weight(first=0.5, used=layer.mixes)
-        seen = min(GATE_CHANNELS, width)
-        self.attention_gate = weight(config.heads, seen, used=layer.attends and config.attention_gates)
-        self.value_gate = weight(config.heads, seen, used=layer.table is not None and config.value_gates)
+        channels = min(GATE_CHANNELS, width)
+        self.attention_gate = weight(config.heads, channels, used=layer.attends and config.attention_gates)
+        self.value_gate = weight(config.heads, channels, used=layer.table is not None and config.value_gates)
 
     def forward(self, x: Tensor, shared: Shared, mask, skip: Tensor | None, first_value: Tensor | None,
                 embedded: Tensor | None) -> tuple[Tensor, Tensor | None]:

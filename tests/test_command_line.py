@@ -148,6 +148,15 @@ def test_a_value_of_the_wrong_type(name, value, expected):
         parse_command_line([f"--{name}", value_named_last(line, f"--{name}")])
 
 
+def example_in_refusal(name: str, value: str) -> tuple:
+    """The value that the refusal of another one recommends, as it is typed and as it is parsed."""
+    flag = "--" + name.replace("_", "-")
+    line = refused_option(flag, value)
+    assert line.startswith(f"{flag} {value} ")
+    example = value_named_last(line, flag)
+    return example, getattr(parse_command_line([flag, example]), name)
+
+
 def value_named_last(line: str, flag: str) -> str:
     """The value that a refusal recommends for an option."""
     return line.rsplit(flag + " ", 1)[1].split()[0]
@@ -162,11 +171,7 @@ def value_named_last(line: str, flag: str) -> str:
     ("cooldown", "2"), ("cooldown", "-0.1"), ("extension", "0.95"), ("tied_until", "1.5"), ("predicted_tokens", "0"),
     ("bigram", "-1"), ("document_tokens", "-1"), ("seed", "-1"), ("seed", str(2**64))])
 def test_a_value_out_of_range_names_one_that_works(name, value):
-    flag = "--" + name.replace("_", "-")
-    line = refused_option(flag, value)
-    assert line.startswith(f"{flag} {value} ")
-    example = value_named_last(line, flag)
-    found = getattr(parse_command_line([flag, example]), name)
+    example, found = example_in_refusal(name, value)
     assert found == pytest.approx(tuple(map(float, example.split(","))) if isinstance(found, tuple) else float(example))
 
 
@@ -179,11 +184,7 @@ def test_a_value_out_of_range_names_one_that_works(name, value):
     ("adam_embedding", "-0.1,0.9,0.9,0"), ("adam_head", "0.1,1,0.9,0"), ("adam_tables", "0.1,0.9,1.5,0"),
     ("adam_scalars", "0.1,-0.5,0.9,0"), ("backout", "1,2"), ("gated_skip", "3"), ("gated_skip", "1,2,3")])
 def test_a_list_of_the_wrong_length_or_out_of_range_names_one_that_works(name, value):
-    flag = "--" + name.replace("_", "-")
-    line = refused_option(flag, value)
-    assert line.startswith(f"{flag} {value} ")
-    example = value_named_last(line, flag)
-    found = getattr(parse_command_line([flag, example]), name)
+    example, found = example_in_refusal(name, value)
     assert found == pytest.approx(() if example == "none" else tuple(map(float, example.split(","))))
 
 
