@@ -4,6 +4,7 @@
 #   ./run.sh [OPTIONS]   train: gpt2 on all GPUs, or tiny on a CPU, then print a sample; OPTIONS go to the script
 #                        (a --preset among them replaces that choice)
 #   ./run.sh test        run the tests; further arguments go to pytest
+#   ./run.sh doctor      check this machine before money is spent on it; OPTIONS as for training
 #   ./run.sh check       20 small steps, compared with stored losses: does this machine compute our numbers?
 set -euo pipefail
 from=$PWD
@@ -39,6 +40,7 @@ PYTHON
 }
 
 install requirements.txt
+command=train
 case "${1:-}" in
 test)
     shift
@@ -50,10 +52,14 @@ check)
     say "comparing 20 small steps with the stored losses"
     exec python records/check.py
     ;;
+doctor)
+    shift
+    command=doctor
+    ;;
 -h | --help) exec python train_gpt2.py "$@" ;;
 "" | --*) ;;
 *)
-    echo "run.sh: unknown command $1; expected test, check, or options of train_gpt2.py (./run.sh --help)" >&2
+    echo "run.sh: unknown command $1; expected test, check, doctor, or options of train_gpt2.py (./run.sh --help)" >&2
     exit 2
     ;;
 esac
@@ -61,15 +67,23 @@ esac
 if [[ "$PWD" != "$from" && $# -gt 0 ]]; then  # relative files are meant from where the user stands
     previous="" arguments=()
     for word in "$@"; do
-        case "$previous" in --train[-_]files | --val[-_]files | --out) [[ "$word" == /* ]] || word=$from/$word ;; esac
-        case "$word" in
-        --train[-_]files=[!/]* | --val[-_]files=[!/]* | --out=[!/]*) word=${word%%=*}=$from/${word#*=} ;;
+        case "$previous $word" in
+        "--resume none" | "--resume auto") ;;
+        "--train"[-_]"files "* | "--val"[-_]"files "* | "--out "* | "--resume "*)
+            [[ "$word" == /* ]] || word=$from/$word
+            ;;
+        *" --resume=none" | *" --resume=auto") ;;
+        *" --train"[-_]"files="[!/]* | *" --val"[-_]"files="[!/]* | *" --out="[!/]* | *" --resume="[!/]*)
+            word=${word%%=*}=$from/${word#*=}
+            ;;
         esac
         arguments+=("$word")
         previous=$word
     done
     set -- "${arguments[@]}"
 fi
+
+[[ "$command" == train ]] || exec python records/doctor.py "$@"
 
 small=true  # whether it is tiny that trains, and on which text
 [[ " $* " != *" --preset"* || " $* " == *" --preset tiny "* || " $* " == *" --preset=tiny "* ]] || small=false
@@ -96,8 +110,8 @@ if [[ "$small" == true ]] && ! compgen -G 'data/text/text_train_*.bin' >/dev/nul
 fi
 log=$(mktemp)
 trap 'rm -f "$log"' EXIT
-[[ " $* " == *" --preset"* ]] || set -- --preset tiny "$@"
-python train_gpt2.py "$@" | tee "$log"
+[[ " $* " == *" --preset"* || " $* " =~ \ --resume[\ =][^\ ]*[/.] ]] || set -- --preset tiny "$@"
+python train_gpt2.py "$@" | tee -i "$log"  # which goes on after Ctrl-C, as the script does
 model=$(sed -n 's/.*all of it in //p' "$log" | tail -1)/model.pt
 say "a sample of what it learned"
 python evals/sample.py "$model" --prompt "def " --tokens 300

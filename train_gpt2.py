@@ -21,17 +21,23 @@ import dataclasses
 import difflib
 import functools
 import glob
+import hashlib
 import importlib.util
 import json
 import logging
 import math
 import os
 import platform
+import re
 import secrets
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
+import zipfile
+import zlib
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -83,7 +89,7 @@ class Config:
     extension: float = setting(0.025, "of steps", "end of the run beyond the schedule, its rates at the floor", 0, 0.9)
     tokens_per_step: Ints = setting((131_072, 262_144, 393_216), "tokens, by stage", "batch of one update in all", 1)
     row_tokens: Ints = setting((16_384, 32_768, 49_152), "tokens, by stage", "sequence that attention sees at once", 1)
-    micro_tokens: int = setting(0, "tokens", "most per forward pass, one row at least; 0: 65,536, on a CPU 1,024")
+    micro_tokens: int = setting(0, "tokens", "most per forward pass, one row at least; 0 or auto: what fits, to 65,536")
     recompute: bool = setting(False, "true|false", "recompute block activations in backward, for small memories")
     loss_chunk: int = setting(8192, "tokens", "logits held at once by the loss", 1)
     # how it is judged
@@ -154,7 +160,12 @@ class Config:
     dtype: str = setting("auto", "auto|bfloat16|float32|float64", "auto: bfloat16 where the hardware is made for it")
     head_dtype: str = setting("auto", "auto|float8|wide", "head in training; auto: float8 on GPUs that have it")
     compile: str = setting("auto", "auto|none", "auto: torch.compile with FlexAttention on a GPU, eager on a CPU")
+    patience: int = setting(300, "s", "longest wait for another process; an hour while one compiles", 1, 86_400)
+    # what is kept
     out: str = setting("logs", "folder", "where the run's own folder is made")
+    save_every: int = setting(0, "updates", "distance between checkpoints; 0: only when the run is told to stop")
+    keep: int = setting(2, "count", "newest checkpoints of a run that are kept", 1)
+    resume: str = setting("none", "none, auto, path", "a checkpoint to go on from; auto: this run's newest, if any")
 
 
 PLAIN = {  # what neither of the other presets takes from the hundred-second recipe, at its neutral value
@@ -200,6 +211,11 @@ def parse_command_line(arguments: list[str]) -> Config:
             raise Refusal(f"{flag} needs a value; for example {flag} {spelled(options[name].default)}")
         given[name] = parse_value(flag, value if equals else words.pop(0), options[name])
     defaults = PRESETS[given.get("preset", Config.preset)] | {"preset": given.get("preset", Config.preset)}
+    if given.get("resume", "none") not in ("none", "auto"):  # the run's own settings, but for those given now
+        path, saved = find_checkpoint(given["resume"], whole=False)
+        defaults = dataclasses.asdict(config_of(saved, path))
+        if given.get("preset", defaults["preset"]) != defaults["preset"]:
+            raise Refusal(f"{path} goes on with --preset {defaults['preset']}, not {given['preset']}; leave that out")
     if wants_help:
         print(__doc__.split("\n\nThe file")[0])
         print(f"\nSettings, with the defaults of --preset {defaults['preset']} (presets: {', '.join(PRESETS)}):\n")
@@ -212,11 +228,13 @@ def parse_command_line(arguments: list[str]) -> Config:
     return config
 
 
-def spelled(value) -> str:
-    """A setting's value as it is typed."""
+def spelled(value, exact: bool = False) -> str:
+    """A setting's value as it is typed, floats to six digits or exact."""
     if isinstance(value, tuple):
-        return ",".join(map(spelled, value)) or "none"
-    return f"{value:.6g}" if isinstance(value, float) else str(value).lower() if isinstance(value, bool) else str(value)
+        return ",".join(spelled(part, exact) for part in value) or "none"
+    if isinstance(value, float):
+        return repr(value) if exact else f"{value:.6g}"
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def spelled_flag(name: str) -> str:
@@ -235,6 +253,8 @@ def parse_value(flag: str, text: str, option: dataclasses.Field):
     if option.type in (bool, str):
         return text == "true" if option.type is bool else text
     unit, _, low, high = option.metadata.values()
+    if option.name == "micro_tokens" and text == "auto":
+        return 0
     is_list = get_origin(option.type) is tuple
     kind = get_args(option.type)[0] if is_list else option.type
     counts = (range(1, 5) if unit.endswith("by stage") else range(1000) if unit == "layers" else
@@ -402,6 +422,7 @@ class Processes(NamedTuple):
     rank: int  # of this process; 0 writes the log
     world: int  # how many there are
     device: torch.device  # that this one computes on
+    host: dist.ProcessGroup | None = None  # for what processes tell each other beside the GPUs' work
 
     def synchronize(self) -> None:
         """Wait until the device has done all it was given, so that the host's clock means something."""
@@ -409,9 +430,38 @@ class Processes(NamedTuple):
             torch.cuda.synchronize(self.device)
 
     def barrier(self) -> None:
-        """Wait until every process has come here."""
+        """Wait until every process has come here, for an hour at most: one of them may be compiling or writing."""
         if self.world > 1:
-            dist.barrier()
+            dist.monitored_barrier(self.host)
+
+    def told(self, value):
+        """What process 0 has, on every process. A plain value."""
+        values = [value]
+        if self.world > 1:
+            dist.broadcast_object_list(values, 0, group=self.host)
+        return values[0]
+
+    def gathered(self, value) -> list:
+        """What each process has. Plain values."""
+        values = [value] * self.world
+        if self.world > 1:
+            dist.all_gather_object(values, value, group=self.host)
+        return values
+
+    def must_agree(self, what: str, values: dict, remedy: str) -> None:
+        """Raises Refusal, on every process, where one has other values than process 0."""
+        first, *others = self.gathered(values)
+        for rank, other in enumerate(others, 1):
+            if difference := first_difference(first, other):
+                name, expected, found = difference
+                raise Refusal(f"{what} {name} is {found} in process {rank}, expected {expected} as in process 0; "
+                              f"{remedy}")
+
+
+def first_difference(expected: dict, found: dict) -> tuple | None:
+    """The first name whose values differ, with both; a missing one counts as None."""
+    return next(((name, expected.get(name), found.get(name)) for name in sorted({*expected, *found})
+                 if expected.get(name) != found.get(name)), None)
 
 
 def start_processes(config: Config) -> Processes:
@@ -435,10 +485,11 @@ def start_processes(config: Config) -> Processes:
     if world > 1 and "MASTER_ADDR" not in os.environ:
         raise Refusal(f"WORLD_SIZE is {world}, but MASTER_ADDR is not set; let torchrun start the processes: "
                       f"torchrun --standalone --nproc_per_node={world} train_gpt2.py")
-    if world > 1:  # an hour, because processes wait for the one that compiles
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=1),
-                                device_id=device if device.type == "cuda" else None)
-    return Processes(rank, world, device)
+    if world == 1:
+        return Processes(rank, world, device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=config.patience),
+                            device_id=device if device.type == "cuda" else None)
+    return Processes(rank, world, device, dist.new_group(backend="gloo", timeout=timedelta(hours=1)))
 
 
 def keep_freed_memory() -> None:
@@ -495,16 +546,24 @@ class Shard(NamedTuple):
     tokens: int
     vocabulary: int
     separator: int
+    stamp: tuple | None = None  # of the file as it was checked
 
 
 def damaged(path: str | Path, problem: str) -> Refusal:
     return Refusal(f"{path} {problem}; fetch or write it again: rm {path} && {shard_command(path)}")
 
 
+def file_stamp(path: str | Path) -> tuple:
+    """Changes when a file is replaced or written to. Raises OSError."""
+    status = os.stat(path)
+    return status.st_size, status.st_mtime_ns, status.st_ino
+
+
 def open_shard(path: str | Path) -> Shard:
     """Check the header against the file. Raises Refusal naming the file and what is wrong with it."""
     try:
-        size, header = os.path.getsize(path), np.fromfile(path, "<i4", HEADER_WORDS)
+        stamp, header = file_stamp(path), np.fromfile(path, "<i4", HEADER_WORDS)
+        size = stamp[0]
     except OSError as error:
         raise damaged(path, f"cannot be read as a shard: {error.strerror}") from None
     if len(header) < HEADER_WORDS:
@@ -526,7 +585,7 @@ def open_shard(path: str | Path) -> Shard:
     if not 0 < vocabulary <= 65_536 or not 0 <= separator < vocabulary:
         raise damaged(path, f"states a vocabulary of {vocabulary} with separator {separator}, expected at most 65536 "
                             "and a separator within it")
-    return Shard(str(path), count, vocabulary, separator)
+    return Shard(str(path), count, vocabulary, separator, stamp)
 
 
 def shard_command(pattern: str | Path, shards: int = 10) -> str:
@@ -541,10 +600,13 @@ def read_tokens(shard: Shard, start: int, count: int) -> np.ndarray:
     """(count,) uint16 tokens from `start` on. Raises Refusal if the file has changed or holds an impossible token."""
     try:
         tokens = np.fromfile(shard.path, "<u2", count, offset=4 * HEADER_WORDS + 2 * start)
+        changed = shard.stamp not in (None, file_stamp(shard.path))
     except OSError as error:
         raise damaged(shard.path, f"can no longer be read: {error.strerror}") from None
     if len(tokens) < count:
         raise damaged(shard.path, f"ends at token {start + len(tokens)} of {shard.tokens}: it was cut after the start")
+    if changed:
+        raise damaged(shard.path, "was replaced or written to after the start")
     if count and int(tokens.max()) >= shard.vocabulary:
         raise damaged(shard.path, f"holds token {tokens.max()} at position {start + int(tokens.argmax())}, beyond its "
                                   f"vocabulary of {shard.vocabulary}")
@@ -574,13 +636,23 @@ class TokenStream:
                          for at in range(0, s.tokens, chunk)) for s in self.shards]
         self.opens_document = [i == 0 or whole[i] or whole[i - 1] for i in range(len(whole))]
 
+    def fingerprint(self) -> dict[str, list[int]]:
+        """By the name of each shard, its tokens and a checksum of the first 65,536: to know them again."""
+        return {f"{index}: {Path(shard.path).name}":
+                [shard.tokens, zlib.crc32(read_tokens(shard, 0, min(shard.tokens, 65_536)))]
+                for index, shard in enumerate(self.shards)}
+
+    def place(self, position: int) -> tuple[int, Shard, int]:
+        """Number and shard of a position of the stream, and the position within it."""
+        position %= self.tokens
+        index = int(np.searchsorted(self.first, position, side="right")) - 1
+        return index, self.shards[index], position - int(self.first[index])
+
     def read(self, position: int, count: int) -> tuple[np.ndarray, np.ndarray]:
         """(count,) uint16 tokens from a position of the stream on; (count,) bool, true where a document starts."""
         tokens, starts, filled = np.empty(count, np.uint16), np.empty(count, bool), 0
         while filled < count:
-            at = (position + filled) % self.tokens
-            index = int(np.searchsorted(self.first, at, side="right")) - 1
-            shard, inside = self.shards[index], at - int(self.first[index])
+            index, shard, inside = self.place(position + filled)
             part = slice(filled, min(count, filled + shard.tokens - inside))
             tokens[part] = read_tokens(shard, inside, part.stop - part.start)
             np.equal(tokens[part], self.separator, out=starts[part])
@@ -594,6 +666,8 @@ class Batch(NamedTuple):
     inputs: Tensor  # (R, T) int32
     targets: Tensor  # (R, T) int64: the next token; -1: none
     starts: Tensor  # (R, T) bool: a document begins
+    places: tuple[int, ...] = ()  # where in the stream the rows begin
+    following: "Cursor | None" = None  # where those of the next step do
 
 
 def read_rows(stream: TokenStream, position: int, rows: int, row_tokens: int, end: int) -> Batch:
@@ -635,10 +709,20 @@ def shuffled_rows(stream: TokenStream, config: Config, row_tokens: int, deal: in
     return np.random.default_rng((config.seed, deal)).permutation(positions).tolist()
 
 
-def step_rows(stream: TokenStream, config: Config, first: int = 0) -> Iterator[tuple[list, int]]:
-    """Yield the rows of step `first`, read from the start of the stream, and the position after them; then those of the
-    next step, and so on. Rows follow each other. Shuffled, all rows of the stream are dealt out once, then again."""
-    position, dealt, deals, size = 0, [], 0, 0
+class Cursor(NamedTuple):
+    """Where the next row comes from: with the seed, all that a run has to remember of its data."""
+
+    position: int = 0  # of the stream
+    deals: int = 0  # shuffled, how often all rows were dealt out
+    left: int = 0  # and how many of the last deal are left
+
+
+def step_rows(stream: TokenStream, config: Config, first: int = 0,
+              cursor: Cursor = Cursor()) -> Iterator[tuple[list, Cursor]]:
+    """Yield the rows of step `first`, each with the position where it begins, and the cursor after them; then those of
+    the next step, and so on. Rows follow each other. Shuffled, all rows of the stream are dealt out, then again."""
+    (position, deals, left), size = cursor, value_at(config.row_tokens, stage_of(max(0, first - 1), config))
+    dealt = shuffled_rows(stream, config, size, deals - 1)[:left] if left else []
     for step in range(first, config.steps):
         stage, rows = stage_of(step, config), []
         if value_at(config.row_tokens, stage) != size:
@@ -646,25 +730,27 @@ def step_rows(stream: TokenStream, config: Config, first: int = 0) -> Iterator[t
         for _ in range(value_at(config.tokens_per_step, stage) // size):
             if config.shuffle and not dealt:
                 dealt, deals = shuffled_rows(stream, config, size, deals), deals + 1
-            rows.append(training_row(stream, dealt.pop() if dealt else position, size, config))
-            position = rows[-1][-1]
-        yield rows, position
+            place = dealt.pop() if dealt else position
+            tokens, starts, position = training_row(stream, place, size, config)
+            rows.append((tokens, starts, place))
+        yield rows, Cursor(position, deals, len(dealt))
 
 
-def step_batches(stream: TokenStream, config: Config, processes: Processes, first: int = 0) -> Iterator[Batch]:
+def step_batches(stream: TokenStream, config: Config, processes: Processes, first: int = 0,
+                 cursor: Cursor = Cursor()) -> Iterator[Batch]:
     """Yield this process's share of each step's rows, in host memory: consecutive ones, as many as the others have."""
-    for rows, _ in step_rows(stream, config, first):
+    for rows, following in step_rows(stream, config, first, cursor):
         share = len(rows) // processes.world
-        mine = rows[processes.rank * share:(processes.rank + 1) * share]
-        tokens, starts = (torch.from_numpy(np.stack(parts)) for parts in list(zip(*mine, strict=True))[:2])
-        yield Batch(tokens[:, :-1].int(), tokens[:, 1:].long(), starts[:, :-1])
+        tokens, starts, places = zip(*rows[processes.rank * share:(processes.rank + 1) * share], strict=True)
+        tokens, starts = torch.from_numpy(np.stack(tokens)), torch.from_numpy(np.stack(starts))
+        yield Batch(tokens[:, :-1].int(), tokens[:, 1:].long(), starts[:, :-1], places, following)
 
 
 def tokens_needed(stream: TokenStream, config: Config) -> int:
     """How far a run reads into the stream. Where documents are cut short, that is found by packing all its rows."""
     if config.long_documents == "continue":
         return tokens_until(config.steps, config) + 1  # the last target of all
-    return deque(step_rows(stream, dataclasses.replace(config, shuffle=False)), maxlen=1).pop()[1]
+    return deque(step_rows(stream, dataclasses.replace(config, shuffle=False)), maxlen=1).pop()[1].position
 
 
 def prefetched(batches: Iterator[Batch], processes: Processes) -> Iterator[Batch]:
@@ -677,7 +763,8 @@ def prefetched(batches: Iterator[Batch], processes: Processes) -> Iterator[Batch
             return batch
         torch.cuda.set_device(processes.device)  # a new thread starts on GPU 0, whatever its process uses
         with torch.cuda.stream(copies):
-            batch = Batch(*(part.pin_memory().to(processes.device, non_blocking=True) for part in batch))
+            batch = Batch(*(part.pin_memory().to(processes.device, non_blocking=True) for part in batch[:3]),
+                          *batch[3:])
         copies.synchronize()
         return batch
 
@@ -685,7 +772,7 @@ def prefetched(batches: Iterator[Batch], processes: Processes) -> Iterator[Batch
         upcoming = reader.submit(fetch)
         while (batch := upcoming.result()) is not None:
             upcoming = reader.submit(fetch)
-            for part in batch if copies else ():  # not to be handed to a later copy while this step still reads it
+            for part in batch[:3] if copies else ():  # not to be handed to a later copy while this step still reads it
                 part.record_stream(torch.cuda.current_stream(processes.device))
             yield batch
 
@@ -1160,8 +1247,8 @@ class Group:
         self.name, self.parameters, self.config, self.processes = name, parameters, config, processes
         self.every, self.after = every, after
         pieces = [p.data.reshape(-1, *p.shape[p.dim() - item:]) for p in parameters]
-        length, world = sum(map(len, pieces)), processes.world
-        self.weights = pieces[0].new_zeros(length + (-length) % world, *pieces[0].shape[1:])
+        self.length, world = sum(map(len, pieces)), processes.world
+        self.weights = pieces[0].new_zeros(self.length + (-self.length) % world, *pieces[0].shape[1:])
         self.gradients = torch.zeros_like(self.weights)
         begin = 0
         for parameter, piece in zip(parameters, pieces, strict=True):
@@ -1184,6 +1271,23 @@ class Group:
         spread = each.new_zeros(len(self.weights), *each.shape[1:])  # the padding keeps zeros
         spread[:sum(lengths)] = each.repeat_interleave(torch.tensor(lengths), 0)
         return spread[self.mine].to(self.shard.device)
+
+    def collected(self, buffer: Tensor) -> Tensor:
+        """This process's slice of an optimizer buffer -> all of it, without the padding, for a checkpoint."""
+        whole = buffer
+        if self.processes.world > 1:
+            whole = buffer.new_empty(len(self.weights), *buffer.shape[1:])
+            all_gather(whole.view(torch.uint8), buffer.view(torch.uint8))  # as bytes, which every backend takes
+        return whole[:self.length]
+
+    def hand_out(self, whole: Tensor | None, buffer: Tensor) -> None:
+        """The way back, for any number of processes: process 0 has all of it, each takes its slice."""
+        padded = buffer.new_zeros(len(self.weights), *buffer.shape[1:])
+        if whole is not None:
+            padded[:self.length] = whole
+        if self.processes.world > 1:
+            dist.broadcast(padded.view(torch.uint8), 0)
+        buffer.copy_(padded[self.mine])
 
     def compile_update(self) -> None:
         self.kernel = torch.compile(self.kernel, dynamic=False, fullgraph=True)
@@ -1377,12 +1481,15 @@ def untie(model: GPT, groups: dict[str, Group]) -> None:
         mine.copy_(other)
 
 
-def apply_updates(groups: list[Group], step: int) -> None:
-    """One update of these groups. The reduction of one and the gathering of another run beside the arithmetic."""
+def apply_updates(groups: list[Group], step: int, unsound: Tensor | None = None) -> None:
+    """One update of these groups. The reduction of one and the gathering of another run beside the arithmetic. Where a
+    loss is `unsound`, () bool, no gradient counts: the weights stay as they were, for `first_bad_tensor` to look at."""
     for group in groups:
         group.reduce()
     for group in groups:
         group.wait()
+        if unsound is not None:
+            group.shard_gradient.masked_fill_(unsound, 0)
         group.update(step)
         group.gather()
     for group in groups:
@@ -1405,11 +1512,12 @@ def parameter_table(groups: dict[str, Group]) -> str:
 # One step and one validation. In: batches on the device. Out: updated parameters; losses per token in nats.
 
 
-def train_step(model: GPT, groups: dict[str, Group], batch: Batch, step: int) -> Tensor:
-    """Forward and backward over the micro-batches, then the updates that are due. Returns (processes,) losses of the
-    next token, each process's sum divided by all tokens of the step, on the device: the caller need not wait for them.
-    Gradients are of the sum over tokens, divided by the first stage's batch throughout: they grow with the batch, while
-    Adam's moments go on (#46)."""
+def train_step(model: GPT, groups: dict[str, Group], batch: Batch, step: int, signal_number: int = 0) -> Tensor:
+    """Forward and backward over the micro-batches, then the updates that are due. Returns (processes, 2) on the device:
+    the caller need not wait for it. First each process's loss of the next token, its sum divided by all tokens of the
+    step, or NaN if a weight that it keeps is not finite; then the signal it has received, so that all learn of it in
+    the same step. Gradients are of the sum over tokens, divided by the first stage's batch throughout: they grow with
+    the batch, while Adam's moments go on (#46)."""
     config, processes = model.config, groups["head"].processes
     stage, windows, weights = stage_of(step, config), windows_at(step, config), multi_token_weights(step, config)
     model.enter_stage(stage)
@@ -1418,20 +1526,21 @@ def train_step(model: GPT, groups: dict[str, Group], batch: Batch, step: int) ->
     due = [group for group in groups.values() if group.is_due(step)]
     rows, most = len(batch.inputs), rows_at_once(config, batch.inputs.shape[1], processes.device)
     at_once = max(n for n in range(1, rows + 1) if rows % n == 0 and n <= most)
-    micros = [Batch(*parts) for parts in zip(*(part.split(at_once) for part in batch), strict=True)]
-    total = torch.zeros((), dtype=at_least_float32(model.embedding.dtype), device=processes.device)
+    micros = [Batch(*parts) for parts in zip(*(part.split(at_once) for part in batch[:3]), strict=True)]
+    wide = at_least_float32(model.embedding.dtype)
+    total = torch.stack([0 * group.shard.sum(dtype=wide) for group in groups.values()]).sum()  # 0, or NaN
     for number, micro in enumerate(micros):
         for group in due if number == len(micros) - 1 else ():
             group.expect_gradients()
         loss, next_token = model.loss(micro, attention_masks(model, micro.starts, windows), weights)
         (loss / config.tokens_per_step[0]).backward()
         total += next_token / value_at(config.tokens_per_step, stage)
-    apply_updates(due, step)
-    if processes.world == 1:
-        return total[None]
-    losses = total.new_empty(processes.world)
-    all_gather(losses, total[None])
-    return losses
+    reports = report = torch.stack((total, total.new_full((), signal_number)))[None]
+    if processes.world > 1:
+        reports = report.new_empty(processes.world, 2)
+        all_gather(reports, report)
+    apply_updates(due, step, ~reports[:, 0].isfinite().all())
+    return reports
 
 
 @torch.no_grad()
@@ -1488,38 +1597,86 @@ def warm_up(model: GPT, groups: dict[str, Group], processes: Processes, batch_of
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Log and checkpoint. In: numbers and weights. Out: <out>/<run id>/ with log.txt, metrics.jsonl and model.pt.
+# Log and checkpoint. In: numbers and weights. Out: <out>/<run id>/ with log.txt, metrics.jsonl, checkpoints, model.pt.
+# Files of tensors are written under a temporary name, flushed to the disk, then renamed: what has its name is whole.
 
 
 class RunLog:
-    """What a run leaves behind, written by process 0 only; on the other processes every method does nothing."""
+    """What a run leaves behind, written by process 0 only; on the other processes every method does nothing. Used as a
+    context: what ends the run is the last line of its log."""
 
-    def __init__(self, config: Config, processes: Processes):
-        self.config, self.folder, self.text, self.metrics, self.bar = config, None, None, None, None
+    def __init__(self, config: Config, processes: Processes, resumed: dict | None = None):
+        """resumed: the checkpoint that the run goes on from. It stays in that folder, unless later ones lie there or
+        the run was finished: those are not touched."""
+        self.config, self.processes, self.folder, self.bar = config, processes, None, None
+        self.text = self.metrics = self.saved = None
         if processes.rank > 0:
             return
-        folder = Path(config.out) / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+        folder, records = Path(config.out) / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}", []
+        source = Path(__file__).read_text(encoding="utf-8") + "\n" + "=" * 100 + "\n"
+        if resumed is not None:
+            self.saved = Path(resumed["path"])
+            records = records_until(self.saved.with_name("metrics.jsonl"), resumed["step"])
+            if self.saved == checkpoints(self.saved.parent)[-1] and not self.saved.with_name("model.pt").exists():
+                folder = self.saved.parent
         try:
-            folder.mkdir(parents=True)
-            self.text = open(folder / "log.txt", "w", buffering=1, encoding="utf-8")
-            self.metrics = open(folder / "metrics.jsonl", "w", buffering=1, encoding="utf-8")
+            folder.mkdir(parents=True, exist_ok=resumed is not None)
+            for partial in folder.glob("*.partial"):  # of a run that was killed while writing
+                partial.unlink()
+            has_source = (folder / "log.txt").exists() and (folder / "log.txt").read_text("utf-8").startswith(source)
+            self.text = open(folder / "log.txt", "a", buffering=1, encoding="utf-8")
+            with written_whole(folder / "metrics.jsonl") as file:
+                file.write("".join(line + "\n" for line in records).encode())
+            self.metrics = open(folder / "metrics.jsonl", "a", buffering=1, encoding="utf-8")
+            self.text.write(source * (not has_source))
         except OSError as error:
             raise Refusal(f"cannot write the run folder {folder}: {error.strerror}; name a writable place with --out "
                           "FOLDER") from None
         self.folder = folder
-        self.text.write(Path(__file__).read_text(encoding="utf-8") + "\n" + "=" * 100 + "\n")
         if sys.stderr.isatty():
-            self.bar = tqdm(total=config.steps, unit="step", dynamic_ncols=True)
+            done = resumed["step"] if resumed else 0
+            self.bar = tqdm(total=config.steps, initial=done, unit="step", dynamic_ncols=True)
+
+    def __enter__(self) -> "RunLog":
+        return self
+
+    def __exit__(self, _kind, error: BaseException | None, _trace) -> None:
+        """Say in the log what ended the run. Stops by signal have said so themselves."""
+        if error is not None and not (isinstance(error, SystemExit) and isinstance(error.code, int)):
+            reason = plain_words(error) or f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            with contextlib.suppress(Refusal):
+                self.line(f"ended: {reason}{'' if '--resume' in reason else self.way_back()}", show=False)
+        self.close()
+
+    def way_back(self) -> str:
+        """What to do with the newest checkpoint, or with the lack of one."""
+        if self.folder is None:
+            return ""
+        if self.saved is None:
+            return "; there is no checkpoint (--save-every N makes them)"
+        processes, path = self.processes.world, shlex.quote(str(self.saved))
+        if processes == 1:
+            return f"; go on with: python train_gpt2.py --resume {path}"
+        if os.environ.get("LOCAL_WORLD_SIZE", str(processes)) != str(processes):
+            return f"; go on with the same torchrun command on every machine and --resume {path}"
+        return f"; go on with: torchrun --standalone --nproc_per_node={processes} train_gpt2.py --resume {path}"
+
+    def write(self, file, text: str) -> None:
+        """A line, at once on its way to the disk. Raises Refusal where it has no room."""
+        try:
+            file.write(text + "\n")
+        except OSError as error:
+            raise Refusal(f"cannot write {file.name}: {error.strerror}; make room there{self.way_back()}") from None
 
     def line(self, text: str, show: bool = True) -> None:
         if self.folder is None:
             return
-        self.text.write(text + "\n")
+        self.write(self.text, text)
         if show:
             try:
                 tqdm.write(text, file=sys.stdout)
                 sys.stdout.flush()
-            except BrokenPipeError:  # nobody reads any more, as behind `| head`: the run goes on without
+            except OSError:  # nobody reads any more, as behind `| head`, or its disk is full: the run goes on without
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     def measured(self, step: int, seconds: float, **losses: float) -> None:
@@ -1528,7 +1685,7 @@ class RunLog:
             return
         tokens, (kind, loss) = tokens_until(step, self.config), next(iter(losses.items()))
         record = {"step": step, "tokens": tokens, **losses, "train_time_s": round(seconds, 6)}
-        self.metrics.write(json.dumps(record) + "\n")
+        self.write(self.metrics, json.dumps(record))
         if kind == "val_loss" or step % 10 == 0 or step < 10:
             self.line(f"step:{step}/{self.config.steps} {kind}:{loss:.4f} train_time:{1000 * seconds:.0f}ms "
                       f"step_avg:{1000 * seconds / max(1, step):.2f}ms", show=kind == "val_loss" or self.bar is None)
@@ -1539,7 +1696,8 @@ class RunLog:
     def close(self) -> None:
         for part in (self.bar, self.text, self.metrics):
             if part is not None:
-                part.close()
+                with contextlib.suppress(OSError):  # what could not be written has been said
+                    part.close()
 
 
 def environment(processes: Processes) -> str:
@@ -1588,43 +1746,218 @@ def save_compile_cache(path: Path) -> str:
     artifacts = torch.compiler.save_cache_artifacts()
     try:
         if artifacts is not None:
-            path.write_bytes(artifacts[0])
+            path.parent.mkdir(parents=True, exist_ok=True)  # on the first machine it is there
+            with written_whole(path) as file:
+                file.write(artifacts[0])
         return f"kept in {path}"
     except OSError as error:  # no reason to stop a run
-        path.unlink(missing_ok=True)
         return f"not kept: {path}: {error.strerror}"
 
 
-def save_model(path: Path, model: GPT, stream: TokenStream, step: int, val_loss: float) -> None:
-    """Weights and plain values, for `torch.load(weights_only=True)`. Raises Refusal where it cannot be written."""
-    partial = path.with_suffix(".partial")  # its name until it is whole
+@contextlib.contextmanager
+def written_whole(path: Path) -> Iterator:
+    """A binary file to write to, that takes the place of `path` once it is on the disk; after an error it is gone."""
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    try:
+        with open(partial, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    with contextlib.suppress(OSError):  # the new name as well; not every system can
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+
+
+def records_until(path: Path, step: int) -> list[str]:
+    """The lines of a metrics.jsonl up to a step. A last one that was cut off by a crash is left out."""
+    lines = []
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            if json.loads(line)["step"] <= step:
+                lines.append(line)
+    return lines
+
+
+def save_model(path: Path, model: GPT, stream: TokenStream, step: int, val_loss: float, **more) -> None:
+    """Weights, plain values and what else is given, for `torch.load(weights_only=True)`. Raises Refusal where it cannot
+    be written."""
     saved = {"config": dataclasses.asdict(model.config), "vocabulary": stream.vocabulary,
              "separator": stream.separator, "dtype": str(model.embedding.dtype).removeprefix("torch."),
-             "step": step, "val_loss": val_loss,
-             "weights": {name: tensor.cpu().clone() for name, tensor in model.state_dict().items()}}
+             "step": step, "val_loss": val_loss, **more,
+             "weights": {name: tensor.to("cpu", copy=True) for name, tensor in model.state_dict().items()}}
     try:
-        torch.save(saved, partial)
-        os.replace(partial, path)
+        with written_whole(path) as file:
+            torch.save(saved, file)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as the latter
-        partial.unlink(missing_ok=True)
         raise Refusal(f"cannot write {path}: {' '.join(str(error).split())[:200]}; make room there, or name another "
                       "folder with --out FOLDER") from None
 
 
+def save_checkpoint(log: RunLog, model: GPT, groups: dict[str, Group], stream: TokenStream, processes: Processes,
+                    step: int, loss: float, **more) -> None:
+    """All that the run needs to go on after `step` updates, whole whatever the number of processes, by process 0. Of
+    the checkpoints before it the newest are kept. Nothing is drawn at random after the first weights: what decides the
+    order of rows is the cursor and the seed. The state of torch's generator is kept for what a reader may add."""
+    state = {}
+    for group in groups.values():
+        for number, buffer in enumerate(group.state):
+            whole = group.collected(buffer)
+            if processes.rank == 0:
+                state[f"{group.name}.{number}"] = whole.to("cpu", copy=True)
+    if log.folder is not None:
+        path = log.folder / f"checkpoint_{step:07}.pt"
+        save_model(path, model, stream, step, loss, state=state, shards=stream.fingerprint(),
+                   random_state=torch.get_rng_state(), **more)
+        log.saved = path
+        for older in checkpoints(log.folder)[:-model.config.keep]:
+            older.unlink(missing_ok=True)
+    processes.barrier()
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Those of a run, oldest first."""
+    return sorted(folder.glob("checkpoint_*.pt"))
+
+
+def unusable(path: str | Path, error: Exception) -> Refusal:
+    reason = " ".join(str(error).split()).split(". ")[0][:200]
+    return Refusal(f"cannot use {path} as a checkpoint: {type(error).__name__}, {reason}; expected a file written by "
+                   "this train_gpt2.py; train one: python train_gpt2.py --preset tiny")
+
+
+def read_saved(path: str | Path, whole: bool = True) -> dict:
+    """What `save_model` wrote, its tensors still on the disk; `whole`: after every checksum in the file has been
+    compared. Raises Refusal for any other file."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged_part = archive.testzip() if whole else None
+        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        if damaged_part or not isinstance(saved, dict):
+            raise ValueError(f"{damaged_part} is damaged" if damaged_part else "it holds something else")
+        for name, kind in (("config", dict), ("weights", dict), ("step", int), ("vocabulary", int), ("dtype", str)):
+            if not isinstance(saved.get(name), kind):
+                raise ValueError(f"it has no {name}")
+        return saved
+    except Exception as error:  # whatever the file system, the archive or the unpickler object to
+        raise unusable(path, error) from None
+
+
+def config_of(saved: dict, path: str | Path) -> Config:
+    """The settings of a saved run, checked like a command line. Raises Refusal."""
+    options = {option.name: option for option in fields(Config)}
+    for name in {*options} ^ {*saved["config"]}:
+        raise Refusal(f"{path} was written by another version of train_gpt2.py: its setting {name} is "
+                      f"{'missing' if name in options else 'unknown here'}; use that version, with which its log.txt "
+                      "begins")
+    for name, value in saved["config"].items():
+        if parse_value(spelled_flag(name), spelled(value, exact=True), options[name]) != value:
+            raise Refusal(f"{path} holds {name} = {value!r}, which is no {options[name].metadata['unit']}; use another "
+                          "checkpoint")
+    config = Config(**saved["config"])
+    check_config(config)
+    return config
+
+
 def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[GPT, dict]:
     """A model that `save_model` wrote, and the values beside it. Raises Refusal for any other file."""
-    expected = "expected a model.pt written by this train_gpt2.py; train one: python train_gpt2.py --preset tiny"
+    saved = read_saved(path)
+    config = config_of(saved, path)
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        config = Config(**saved["config"])
+        with torch.device("meta"):  # shapes are compared before anything of that size is made
+            shapes = {name: (p.shape, p.dtype) for name, p in
+                      GPT(config, saved["vocabulary"], getattr(torch, saved["dtype"])).state_dict().items()}
+        if shapes != {name: (tensor.shape, tensor.dtype) for name, tensor in saved["weights"].items()}:
+            raise ValueError("its weights are not those of its settings")
         model = GPT(config, saved["vocabulary"], getattr(torch, saved["dtype"]))
         model.load_state_dict(saved["weights"])
-        model.tied = saved["step"] - 1 <= last_tied_step(config)
-        model.enter_stage(stage_of(saved["step"], config))
-    except Exception as error:  # whatever the file system, the unpickler or the shapes object to
-        reason = " ".join(str(error).split()).split(". ")[0][:200]
-        raise Refusal(f"cannot use {path} as a checkpoint: {type(error).__name__}, {reason}; {expected}") from None
+    except Exception as error:
+        raise unusable(path, error) from None
+    model.tied = saved["step"] - 1 <= last_tied_step(config)
+    model.enter_stage(stage_of(saved["step"], config))
     return model.to(device), saved
+
+
+def find_checkpoint(place: str | Path, whole: bool = True) -> tuple[Path, dict]:
+    """A checkpoint by its path, or the newest of a run folder that is not damaged. Raises Refusal."""
+    paths = [Path(place)] if not Path(place).is_dir() else checkpoints(Path(place))[::-1]
+    refusal = Refusal(f"{place} holds no checkpoint_*.pt; expected a run folder with one (--save-every N makes them)")
+    for path in paths:
+        try:
+            saved = read_saved(path, whole)
+            if "state" not in saved:
+                raise Refusal(f"{path} holds a model without its optimizer; expected a checkpoint_*.pt (--save-every N "
+                              "makes them)")
+            cursor, counts = saved.get("cursor"), [saved["step"], saved.get("validated")]
+            valid = isinstance(cursor, tuple) and len(cursor) == 3 and isinstance(saved.get("seconds"), float)
+            if not valid or any(not isinstance(count, int) or count < 0 for count in [*cursor, *counts]):
+                raise Refusal(f"{path} states step, data position or clock as {counts, cursor, saved.get('seconds')}; "
+                              "expected counts; use another checkpoint")
+            return path, saved
+        except Refusal as error:
+            refusal = error
+    raise refusal
+
+
+# What two runs may differ in and still be the same one to --resume auto.
+INCIDENTAL = ("out", "save_every", "keep", "resume", "patience", "micro_tokens", "recompute", "device", "compile")
+
+
+def newest_of_this_run(config: Config) -> tuple[Path, dict] | None:
+    """The newest checkpoint of an unfinished run with these settings below --out, if there is one."""
+    for folder in sorted(Path(config.out).glob("*/"), reverse=True):
+        if checkpoints(folder) and not (folder / "model.pt").exists():
+            with contextlib.suppress(Refusal):
+                path, saved = find_checkpoint(folder)
+                theirs = dataclasses.asdict(config_of(saved, path))
+                ours = dataclasses.asdict(config)
+                if all(theirs[name] == ours[name] for name in ours if name not in INCIDENTAL):
+                    return path, saved
+    return None
+
+
+def open_checkpoint(config: Config, stream: TokenStream, processes: Processes) -> tuple[dict | None, dict | None]:
+    """What --resume names: its plain values on every process, and all of it on process 0, which alone reads the file.
+    Raises Refusal."""
+    found, plain = None, None
+    if processes.rank == 0 and config.resume != "none":
+        found = newest_of_this_run(config) if config.resume == "auto" else find_checkpoint(config.resume)
+    if found is not None:
+        path, saved = found
+        if difference := first_difference(stream.fingerprint(), saved.get("shards") or {}):
+            name, found_here, expected = difference
+            raise Refusal(f"{path} was trained on other shards: {name} has (tokens, checksum) {found_here}, expected "
+                          f"{expected}; name those with --train-files")
+        if saved["step"] >= config.steps:
+            raise Refusal(f"{path} is after step {saved['step']} of --steps {config.steps}; the nearest is --steps "
+                          f"{saved['step'] + 1}")
+        plain = {name: value for name, value in saved.items() if name not in ("weights", "state")} | {"path": str(path)}
+    return processes.told(plain), found and found[1]
+
+
+def restore(saved: dict | None, step: int, model: GPT, groups: dict[str, Group], processes: Processes) -> None:
+    """Weights and optimizer state as they were after `step` updates, from what process 0 has read, whichever number of
+    processes wrote it. Raises Refusal before anything is changed."""
+    if saved is not None:
+        wanted = {name: (tensor.shape, tensor.dtype) for name, tensor in model.state_dict().items()}
+        wanted |= {f"{group.name}.{number}": (torch.Size((group.length, *buffer.shape[1:])), buffer.dtype)
+                   for group in groups.values() for number, buffer in enumerate(group.state)}
+        held = {name: (tensor.shape, tensor.dtype) for name, tensor in (saved["weights"] | saved["state"]).items()}
+        if difference := first_difference(wanted, held):
+            name, expected, found = difference
+            raise Refusal(f"the checkpoint's {name} is {found}, this run's {expected}; give the settings and the "
+                          "--dtype that it was written with")
+        model.load_state_dict(saved["weights"])
+    for group in groups.values():
+        if processes.world > 1:
+            dist.broadcast(group.weights, 0)
+        for number, buffer in enumerate(group.state):
+            group.hand_out(saved and saved["state"][f"{group.name}.{number}"], buffer)
+    model.tied = step - 1 <= last_tied_step(model.config)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1660,8 +1993,8 @@ def open_data(config: Config) -> tuple[TokenStream, TokenStream, int]:
 class Clock:
     """Seconds of training. It is stopped, after the device has finished, while anything else runs."""
 
-    def __init__(self, processes: Processes):
-        self.processes, self.seconds, self.started = processes, 0.0, None
+    def __init__(self, processes: Processes, seconds: float = 0.0):
+        self.processes, self.seconds, self.started = processes, seconds, None
 
     def start(self) -> None:
         self.processes.synchronize()
@@ -1689,102 +2022,244 @@ def can_compile(config: Config, processes: Processes, dtype: torch.dtype, log: R
     return True
 
 
-def train(config: Config, processes: Processes) -> Path | None:
-    """The whole run. Returns the run folder (None on processes other than 0). Raises Refusal, or leaves a model."""
-    check_processes(config, processes.world)
-    dtype = compute_dtype(config, processes.device)
-    use_float8 = float8_head(config, dtype, processes.device)
-    stream, val_stream, val_tokens = open_data(config)
-    log = RunLog(config, processes)
-    log.line(environment(processes), show=False)
-    log.line(json.dumps(dataclasses.asdict(config)), show=False)
+@contextlib.contextmanager
+def noted_signals() -> Iterator[list[int]]:
+    """A list that receives the number of the first SIGTERM or SIGINT, for the run to act on when a step is done. The
+    next one ends the process at once."""
+    received: list[int] = []
 
-    model = GPT(config, stream.vocabulary, dtype).to(processes.device)
-    model.float8 = use_float8
-    groups = optimizer_groups(model, config, dtype, processes)
-    log.line(parameter_table(groups))
-    log.line(f"{config.preset}: {config.steps} steps of {spelled(config.tokens_per_step)} tokens in rows of "
-             f"{spelled(config.row_tokens)}; {processes.world} process(es) on {processes.device.type}, {str(dtype)[6:]}"
-             + ", head in float8" * use_float8)
-    if val_tokens < config.val_tokens:
-        log.line(f"notice: validating on all {val_tokens:,} targets of {config.val_files}, fewer than --val-tokens "
-                 f"{config.val_tokens}")
+    def note(number: int, _frame) -> None:
+        received.append(number)
+        for each in before:
+            signal.signal(each, signal.SIG_DFL)
+        if os.environ.get("RANK", "0") == "0":  # not print: this may come in the middle of one
+            name = signal.Signals(number).name
+            os.write(2, f"{name}: finishing the step and saving; once more ends at once\n".encode())
 
-    if can_compile(config, processes, dtype, log):
-        model.compile_parts()
-        for group in groups.values():
-            group.compile_update()
-        cache, alone = load_compile_cache(config), Processes(0, 1, processes.device)
-        log.line(f"compiling for every stage; {cache}")
-        seconds = warm_up(model, groups, processes,
-                          lambda step: next(prefetched(step_batches(stream, config, processes, step), processes)),
-                          lambda step: validate(model, val_stream, 1, step, alone))
-        folder = [str(log.folder)]  # that process 0 made
-        if processes.world > 1:
-            dist.broadcast_object_list(folder, 0)
-        kept = save_compile_cache(Path(folder[0]) / compile_cache_name())
-        log.line(f"compiled in {seconds:.0f} s, untimed, {kept}")
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
-    clock, underway = Clock(processes), deque()  # the losses of steps that the device has been given but not read
-    on_gpu = processes.device.type == "cuda"
-    lower_rates = "try lower rates (--muon-lr, --adam-head, --adam-tables) or look at the tokens of that step"
 
-    def read_loss(step: int, losses: Tensor, copied: torch.cuda.Event | None) -> None:
-        if copied is not None:
-            copied.synchronize()
-        bad = [rank for rank, loss in enumerate(losses.tolist()) if not math.isfinite(loss)]
-        if bad:
-            raise Refusal(f"the training loss of step {step + 1} is not finite in process {', '.join(map(str, bad))}; "
-                          f"expected a number; no model was written; {lower_rates}")
-        log.measured(step + 1, clock.now(), train_loss=float(losses.sum()))
+def bad_parameters(model: GPT) -> str:
+    """Names the first parameter that is not finite; empty where all are."""
+    bad = [name for name, parameter in model.named_parameters() if not parameter.isfinite().all()]
+    return f"first bad tensor: parameter {bad[0]}, one of {len(bad)}" if bad else ""
 
-    batches = prefetched(step_batches(stream, config, processes), processes)
-    for step in range(config.steps + 1):
-        if step in (0, config.steps) or (config.val_every and step % config.val_every == 0):
-            clock.stop()
-            while underway:
-                read_loss(*underway.popleft())
-            val_loss = validate(model, val_stream, val_tokens, step, processes)
-            if not math.isfinite(val_loss):
-                raise Refusal(f"the validation loss after {step} steps is not finite; expected a number; no model was "
-                              f"written; {lower_rates}")
-            log.measured(step, clock.now(), val_loss=val_loss,
-                         peak_memory_mib=round(peak_memory(processes.device), 1))
-            if step == config.steps:
-                break
-            clock.start()
-        losses = train_step(model, groups, next(batches), step)
-        copied = losses.to("cpu", non_blocking=True)
-        underway.append((step, copied, torch.cuda.current_stream().record_event() if on_gpu else None))
-        while len(underway) > on_gpu:
-            read_loss(*underway.popleft())
-    if log.folder is not None:
-        save_model(log.folder / "model.pt", model, stream, config.steps, val_loss)
+
+@torch.no_grad()
+def first_bad_tensor(model: GPT, batch: Batch, step: int, stream: TokenStream) -> str:
+    """What a loss that is not finite comes from: the first parameter that is not, else the first output along the
+    forward pass, taken eagerly and row by row; and where the tokens of that row lie."""
+    found, outputs = bad_parameters(model), []
+    model.compiled, model.run_block, model.loss_of_chunk, model.float8 = False, run_block, loss_of_chunk, False
+    for block in model.blocks:
+        block.register_forward_hook(lambda _block, _inputs, output: outputs.append(bool(output[0].isfinite().all())))
+    for row, place in enumerate(batch.places):
+        outputs.clear()
+        alone = Batch(*(part[row:row + 1] for part in batch[:3]))
+        if not model.loss(alone, attention_masks(model, alone.starts, windows_at(step, model.config)))[1].isfinite():
+            part = f"output of blocks.{outputs.index(False)}" if False in outputs else "the loss"
+            break
+    else:
+        part, place = "none, computed anew", batch.places[0]
+    _, shard, position = stream.place(place)
+    return f"{found or f'first bad tensor: {part}'}; its tokens: {shard.path} from {position}"
+
+
+def fitted(config: Config, vocabulary: int, dtype: torch.dtype, processes: Processes, log: RunLog) -> Config:
+    """Say how much memory each GPU will need, which records/timing.py predicts from shapes. Where that is more than it
+    has, --micro-tokens auto takes fewer tokens per pass; what else helps is named. The training stays the same."""
+    tools = Path(__file__).with_name("records")
+    if processes.device.type == "cpu" or not (tools / "timing.py").exists():
+        return config
+    sys.modules.setdefault("train_gpt2", sys.modules[__name__])  # which is what that tool imports
+    sys.path.append(str(tools))
+    import timing
+    capacity = min(processes.gathered(torch.cuda.get_device_properties(processes.device).total_memory))
+    case = config, vocabulary, dtype, processes.world, processes.device, capacity
+    changes = timing.settings_that_fit(*case)
+    log.line(timing.fit_line(*case, changes))
+    if changes and not config.micro_tokens and "micro_tokens" in changes:
+        log.line(f"--micro-tokens auto takes {changes['micro_tokens']}")
+        return dataclasses.replace(config, micro_tokens=changes["micro_tokens"])
+    return config
+
+
+def training_loop(model: GPT, groups: dict[str, Group], streams: tuple, processes: Processes, log: RunLog,
+                  resumed: dict | None) -> float:
+    """All steps that are left, with their validations and checkpoints. Returns the last validation loss. Raises Refusal
+    for numbers that are not finite; SystemExit, 128 + its number, after a signal."""
+    (stream, val_stream, val_tokens), config = streams, model.config
+    first, seconds, validated, val_loss, cursor = 0, 0.0, -1, math.nan, ()
+    if resumed is not None:
+        first, seconds, validated, val_loss, cursor = (resumed[name] for name in (
+            "step", "seconds", "validated", "val_loss", "cursor"))
+        torch.set_rng_state(resumed["random_state"])
+    period = math.ceil(config.save_every / config.adam_every) * config.adam_every  # no gradient waits for Adam then
+    clock, on_gpu, stop = Clock(processes, seconds), processes.device.type == "cuda", 0
+    underway = deque()  # reports of steps that the device has been given but not read
+
+    def not_finite(what: str, found: str) -> Refusal:
+        return Refusal(f"{what}; {found}; none of it was written{log.way_back()}; try lower rates there (--muon-lr, "
+                       "--adam-head, --adam-tables)")
+
+    def read_reports(left: int) -> None:
+        nonlocal stop
+        while len(underway) > left:
+            step, batch, reports, copied = underway.popleft()
+            if copied is not None:
+                copied.synchronize()
+            losses, signals = reports.unbind(1)
+            bad = [rank for rank, loss in enumerate(losses.tolist()) if not math.isfinite(loss)]
+            if bad:
+                mine = first_bad_tensor(model, batch, step, stream) if processes.rank == bad[0] else None
+                raise not_finite(f"the training loss of step {step + 1} is not finite in process "
+                                 f"{', '.join(map(str, bad))}, or a weight there", processes.gathered(mine)[bad[0]])
+            log.measured(step + 1, clock.now(), train_loss=float(losses.sum()))
+            stop = stop or int(signals.max())
+
+    batches = prefetched(step_batches(stream, config, processes, first, Cursor(*cursor)), processes)
+    with noted_signals() as received:
+        for step in range(first, config.steps + 1):
+            settled = first < step < config.steps and step % config.adam_every == 0
+            due = step != validated and (step in (0, config.steps) or config.val_every and step % config.val_every == 0)
+            saving = settled and (stop or period and step % period == 0)
+            if due or saving:
+                clock.stop()
+                read_reports(0)
+                if due and not (stop and settled):
+                    val_loss, validated = validate(model, val_stream, val_tokens, step, processes), step
+                    if not math.isfinite(val_loss):
+                        raise not_finite(f"the validation loss after {step} steps is not finite", bad_parameters(model))
+                    log.measured(step, clock.now(), val_loss=val_loss,
+                                 peak_memory_mib=round(peak_memory(processes.device), 1))
+                if settled and (saving or stop):
+                    few = processes.world * max(config.val_row_tokens, config.micro_tokens or 1024)
+                    loss = val_loss if step == validated else validate(model, val_stream, min(few, val_tokens), step,
+                                                                       processes)
+                    if not math.isfinite(loss) or bad_parameters(model):
+                        raise not_finite(f"weights after {step} steps are not fit to be saved, their loss is {loss}",
+                                         bad_parameters(model))
+                    save_checkpoint(log, model, groups, stream, processes, step, loss, seconds=clock.now(),
+                                    validated=validated, cursor=tuple(batch.following))
+                    if stop:
+                        log.line(f"stopped by {signal.Signals(stop).name} after step {step} of {config.steps}, status "
+                                 f"{128 + stop}{log.way_back()}")
+                        raise SystemExit(128 + stop)
+                if step == config.steps:
+                    break
+            if clock.started is None:
+                clock.start()
+            batch = next(batches)
+            reports = train_step(model, groups, batch, step, max(received, default=0))
+            copied = reports.to("cpu", non_blocking=True)
+            underway.append((step, batch, copied, torch.cuda.current_stream().record_event() if on_gpu else None))
+            read_reports(int(on_gpu))
+        if log.folder is not None:
+            save_model(log.folder / "model.pt", model, stream, config.steps, val_loss)
     log.line(f"final val_loss {val_loss:.4f} nats per token, training time {clock.now():.2f} s, "
              f"{tokens_until(config.steps, config) / clock.now():,.0f} tokens/s, peak memory "
              f"{peak_memory(processes.device):,.0f} MiB; all of it in {log.folder}")
-    log.close()
+    return val_loss
+
+
+def compile_everything(model: GPT, groups: dict[str, Group], streams: tuple, processes: Processes, log: RunLog) -> None:
+    """Compile for every stage before the clock starts, with what an earlier run has left of that."""
+    (stream, val_stream, _), config = streams, model.config
+    model.compile_parts()
+    for group in groups.values():
+        group.compile_update()
+    cache, alone = load_compile_cache(config), Processes(0, 1, processes.device)
+    log.line(f"compiling for every stage; {cache}")
+    seconds = warm_up(model, groups, processes,
+                      lambda step: next(prefetched(step_batches(stream, config, processes, step), processes)),
+                      lambda step: validate(model, val_stream, 1, step, alone))
+    folder = processes.told(str(log.folder))  # that process 0 made
+    kept = save_compile_cache(Path(folder) / compile_cache_name())
+    processes.barrier()
+    log.line(f"compiled in {seconds:.0f} s, untimed, {kept}")
+
+
+def train(config: Config, processes: Processes) -> Path | None:
+    """The whole run. Returns the run folder (None on processes other than 0). Raises Refusal, or leaves a model; after
+    SIGTERM or SIGINT leaves a checkpoint and raises SystemExit."""
+    check_processes(config, processes.world)
+    version = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
+    processes.must_agree("setting", {**dataclasses.asdict(config), "script": version},
+                         "start all with the same script and options")
+    dtype = compute_dtype(config, processes.device)
+    use_float8 = float8_head(config, dtype, processes.device)
+    stream, val_stream, val_tokens = streams = open_data(config)
+    processes.must_agree("shard", stream.fingerprint() | val_stream.fingerprint(), "give all machines the same shards")
+    resumed, saved = open_checkpoint(config, stream, processes)
+    with RunLog(config, processes, resumed) as log:
+        log.line(environment(processes), show=False)
+        config = fitted(config, stream.vocabulary, dtype, processes, log)
+        log.line(json.dumps(dataclasses.asdict(config)), show=False)
+        model = GPT(config, stream.vocabulary, dtype).to(processes.device)
+        model.float8 = use_float8
+        groups = optimizer_groups(model, config, dtype, processes)
+        log.line(parameter_table(groups))
+        log.line(f"{config.preset}: {config.steps} steps of {spelled(config.tokens_per_step)} tokens in rows of "
+                 f"{spelled(config.row_tokens)}; {processes.world} process(es) on {processes.device.type}, "
+                 f"{str(dtype)[6:]}" + ", head in float8" * use_float8)
+        if val_tokens < config.val_tokens:
+            log.line(f"notice: validating on all {val_tokens:,} targets of {config.val_files}, fewer than --val-tokens "
+                     f"{config.val_tokens}")
+        if can_compile(config, processes, dtype, log):
+            compile_everything(model, groups, streams, processes, log)
+        if resumed is not None:
+            restore(saved, resumed["step"], model, groups, processes)
+            log.line(f"resumed after step {resumed['step']} from {resumed['path']}")
+            saved = None
+        elif config.resume == "auto":
+            log.line(f"no checkpoint of this run in {config.out}: starting from the beginning")
+        training_loop(model, groups, streams, processes, log, resumed)
     return log.folder
+
+
+def plain_words(error: BaseException) -> str | None:
+    """One line for what a run may end of; None for a defect of the code, which keeps its traceback."""
+    text = " ".join(re.sub(r"\[/\S+\]", "", str(error)).split())
+    if isinstance(error, Refusal):
+        return str(error.code)
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted before the first step: there was nothing to save"
+    if isinstance(error, torch.OutOfMemoryError):
+        return ("the GPU has too little memory; the same training needs less of it with --recompute true "
+                "--loss-chunk 2048")
+    if isinstance(error, dist.DistError) or isinstance(error, RuntimeError) and re.search("gloo|monitoredBarrier|NCCL",
+                                                                                         str(error)):
+        return (f"the connection to another process is lost: it has ended, or kept silent for longer than --patience "
+                f"({text[:160]}); what it said itself stands above or in its machine's output")
+    return None
 
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line. Every process sees the same bad input: process 0 says so, the others leave it the word."""
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # less waste where sizes vary
-    is_first = int(os.environ.get("RANK", "0")) == 0
     try:
         config = parse_command_line(sys.argv[1:] if arguments is None else arguments)
         train(config, start_processes(config))
-    except KeyboardInterrupt:
-        if is_first:
-            print("interrupted: losses so far are in the run folder; no model was written", file=sys.stderr)
-        raise SystemExit(130) from None  # 128 + SIGINT, as shells count
-    except (Refusal, torch.OutOfMemoryError) as error:
-        if not is_first:
-            time.sleep(5)  # torchrun ends the job when process 0 has spoken; what only this process saw is said after
-        if isinstance(error, Refusal):
+    except BaseException as error:
+        line = plain_words(error)
+        if line is None:
+            if isinstance(error, SystemExit) and dist.is_initialized():  # stopped by a signal, all together
+                dist.destroy_process_group()
             raise
-        raise Refusal("the GPU has too little memory; the same training needs less of it with --recompute true "
-                      "--loss-chunk 2048") from None
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(5)  # torchrun ends the job when process 0 has spoken; what only this process saw is said after
+        status = 130 if isinstance(error, KeyboardInterrupt) else 1  # 128 + SIGINT, as shells count
+        if dist.is_initialized() or status == 130:
+            print(line, file=sys.stderr, flush=True)
+            if dist.is_initialized():
+                os._exit(status)  # an ordinary end would wait for processes that do not answer
+            raise SystemExit(status) from None
+        raise Refusal(line) from None
     if dist.is_initialized():
         dist.destroy_process_group()
 

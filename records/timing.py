@@ -3,8 +3,10 @@
     python records/timing.py --preset tiny                                  # a CPU
     torchrun --standalone --nproc_per_node=8 records/timing.py              # the hundred-second recipe
     python records/timing.py --memory-only true --recompute true            # memory of one GPU, which need not be there
+    python records/timing.py --memory-only true --gpu-memory 24             # and what makes it fit into 24 GiB
 
-Options are those of train_gpt2.py, and --timed-steps N (default 5), --json FILE, --memory-only true|false. Rows come
+Options are those of train_gpt2.py, and --timed-steps N (default 5), --json FILE, --memory-only true|false,
+--gpu-memory GIB (default 0: what fits is not looked for). WORLD_SIZE=8 before it means eight of them. Rows come
 from --train-files where these exist, else they are made-up GPT-2 tokens. From the middle of each stage, after a step
 that is not timed, N steps run as they do in training, and N more with the device waited for between their sections.
 
@@ -75,6 +77,7 @@ class Options(NamedTuple):
     timed_steps: int
     json: str
     memory_only: bool
+    gpu_memory: float
 
 
 def read_options(arguments: list[str]) -> tuple[Options, Config]:
@@ -84,6 +87,9 @@ def read_options(arguments: list[str]) -> tuple[Options, Config]:
     memory_only, arguments = take_option(arguments, "--memory-only", "false")
     if not steps.isdecimal() or int(steps) < 1:
         raise Refusal(f"--timed-steps {steps} is not a whole number of at least 1; for example --timed-steps 5")
+    gpu_memory, arguments = take_option(arguments, "--gpu-memory", "0")
+    if not gpu_memory.replace(".", "", 1).isdecimal():
+        raise Refusal(f"--gpu-memory {gpu_memory} is not a number of GiB; for example --gpu-memory 24")
     if memory_only not in ("true", "false"):
         raise Refusal(f"--memory-only {memory_only} is not one of true, false; for example --memory-only true")
     if {"-h", "--help"} & set(arguments):
@@ -97,7 +103,7 @@ def read_options(arguments: list[str]) -> tuple[Options, Config]:
             open(path, "a", encoding="utf-8").close()
         except OSError as error:
             raise Refusal(f"cannot write {path}: {error.strerror}; name a writable place with --json FILE") from None
-    return Options(int(steps), path, memory_only == "true"), config
+    return Options(int(steps), path, memory_only == "true", float(gpu_memory)), config
 
 
 def made_up_tokens(count: int) -> np.ndarray:
@@ -395,6 +401,48 @@ def predicted_memory(config: Config, vocabulary: int, dtype: torch.dtype, world:
                 key=lambda needs: sum(needs.values()))
     room = sum(worst[name] for name in ("activations", "loss chunk", "backward"))
     return {**parts, **worst, "update": max(0, update - room)}
+
+
+GPU_EXTRA = 3 * 2**29  # CUDA context, libraries and waste of the allocator, about
+
+
+def peak_bytes(config: Config, vocabulary: int, dtype: torch.dtype, world: int, device: torch.device) -> int:
+    """What one GPU has to hold at most, in training or in validation, with all that is not ours."""
+    parts = predicted_memory(config, vocabulary, dtype, world, device)
+    still = sum(parts[name] for name in ("weights", "gradients", "optimizer", "tables"))
+    validating = still + validation_memory(config, model_shapes(config, vocabulary, dtype), dtype, device)
+    return max(sum(parts.values()), validating) + GPU_EXTRA
+
+
+def settings_that_fit(config: Config, vocabulary: int, dtype: torch.dtype, world: int, device: torch.device,
+                      capacity: int) -> dict | None:
+    """Settings to change so that a GPU of `capacity` bytes holds the same training: none if it does as it is; else
+    fewer tokens per pass, if that does not help recomputation too, if that does not help shorter chunks of the loss.
+    None if nothing does. A pass holds at least one row."""
+    most, least = config.micro_tokens or 65_536, min(config.row_tokens)
+    tokens = [config.micro_tokens] + [most >> i for i in range(1, 40) if most >> (i - 1) > least]
+    for recompute, chunk in ((config.recompute, config.loss_chunk), (True, config.loss_chunk),
+                             (True, min(2048, config.loss_chunk))):
+        for micro_tokens in tokens:
+            changed = {"micro_tokens": micro_tokens, "recompute": recompute, "loss_chunk": chunk}
+            changed = {name: value for name, value in changed.items() if value != getattr(config, name)}
+            if peak_bytes(replace(config, **changed), vocabulary, dtype, world, device) <= capacity:
+                return changed
+    return None
+
+
+def fit_line(config: Config, vocabulary: int, dtype: torch.dtype, world: int, device: torch.device, capacity: int,
+             changes: dict | None) -> str:
+    """What `settings_that_fit` found, in words."""
+    peak = peak_bytes(config, vocabulary, dtype, world, device)
+    line = f"predicted peak memory {peak / 2**30:.1f} GiB per GPU of {capacity / 2**30:.1f} GiB"
+    if changes is None:
+        return line + ": it will not fit, whatever the settings; take more GPUs or a smaller model"
+    if changes:
+        options = " ".join(f"{train_gpt2.spelled_flag(name)} {train_gpt2.spelled(value)}"
+                           for name, value in changes.items())
+        return f"{line}: it will not fit; the same training fits with {options}"
+    return line
 
 
 # Measured: the machine, a step as it is, a step in sections.
@@ -734,6 +782,9 @@ def main(arguments: list[str] | None = None) -> dict | None:
         check_processes(config, world)
         print(memory_lines(predicted_memory(config, GPT2_VOCABULARY, dtype, world, device), config,
                            model_shapes(config, GPT2_VOCABULARY, dtype), dtype, device))
+        if options.gpu_memory:
+            case = config, GPT2_VOCABULARY, dtype, world, device, round(options.gpu_memory * 2**30)
+            print(fit_line(*case, settings_that_fit(*case)))
         return None
     processes = start_processes(config)
     silent = processes.rank > 0

@@ -201,6 +201,8 @@ def test_a_process_that_fails_alone_ends_the_job_with_its_message(corpus, tmp_pa
     assert time.monotonic() - begin < 60
     run, = run_folders(tmp_path / "logs")
     assert not (run / "model.pt").exists()
+    last = (run / "log.txt").read_text(encoding="utf-8").splitlines()[-1]
+    assert last.startswith("ended: the connection to another process is lost") and "--save-every" in last
 
 
 def test_an_output_folder_that_cannot_be_written_ends_the_job(corpus, tmp_path):

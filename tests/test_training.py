@@ -269,7 +269,7 @@ def plain_loss(model: GPT, batch: Batch, step: int, counted: int) -> float:
     windows, (height, extent, shift) = train_gpt2.windows_at(step, config), config.softcap
     model.enter_stage(train_gpt2.stage_of(step, config))
     for row in range(-(-counted // length)):
-        inputs, targets, starts = (part[row:row + 1, :counted - row * length] for part in batch)
+        inputs, targets, starts = (part[row:row + 1, :counted - row * length] for part in batch[:3])
         masks = {}
         for short, paired in itertools.product((False, True), (False, True)):
             begins = torch.stack((starts, torch.zeros_like(starts)), -1).flatten(1) if paired else starts
@@ -305,8 +305,9 @@ def test_the_loss_of_a_step_is_the_mean_over_its_tokens_before_the_update(corpus
     model, groups = trained(corpus, steps=2, base=base, micro_tokens=micro_tokens)
     batch = batches(model.config, step + 1)[step]
     expected = plain_loss(model, batch, step, batch.inputs.numel())
-    loss, = train_gpt2.train_step(model, groups, batch, step)
-    assert loss.item() == pytest.approx(expected, rel=1e-10)
+    (loss, signal_number), = train_gpt2.train_step(model, groups, batch, step).tolist()
+    assert signal_number == 0
+    assert loss == pytest.approx(expected, rel=1e-10)
 
 
 @pytest.mark.parametrize("name", ["float32", "odd", pytest.param("float64", marks=pytest.mark.slow)])
@@ -345,9 +346,9 @@ def failed_run(corpus, tmp_path, **changes) -> tuple[str, object]:
 def test_a_loss_that_is_not_finite_stops_the_run_by_the_next_step(corpus, tmp_path, monkeypatch, bad, value):
     train_step, done = train_gpt2.train_step, []
 
-    def spoilt_step(model, groups, batch, step):
+    def spoilt_step(model, groups, batch, step, signal_number):
         done.append(step)
-        result = train_step(model, groups, batch, step)
+        result = train_step(model, groups, batch, step, signal_number)
         return result * value if step == bad else result
 
     monkeypatch.setattr(train_gpt2, "train_step", spoilt_step)
@@ -358,8 +359,11 @@ def test_a_loss_that_is_not_finite_stops_the_run_by_the_next_step(corpus, tmp_pa
 
 
 def test_the_processes_with_the_bad_loss_are_named(corpus, tmp_path, monkeypatch):
-    monkeypatch.setattr(train_gpt2, "train_step", lambda *_: torch.tensor([1.0, math.nan, 1.0, math.inf]))
-    assert "in process 1, 3;" in failed_run(corpus, tmp_path)[0]
+    monkeypatch.setattr(train_gpt2, "train_step", lambda *_: torch.tensor([[1.0, 0], [math.nan, 0], [1.0, 0], [math.inf, 0]]))
+    monkeypatch.setattr(train_gpt2.Processes, "gathered", lambda _, value: [value] if isinstance(value, dict) else
+                        ["", "first bad tensor: x", "", ""])
+    line = failed_run(corpus, tmp_path)[0]
+    assert "in process 1, 3," in line and "first bad tensor: x" in line
 
 
 def test_huge_learning_rates_stop_the_run(corpus, tmp_path):
@@ -464,8 +468,9 @@ def test_control_c_is_one_line(corpus, tmp_path):
     while "step:1/" not in run.stdout.readline():
         pass
     run.send_signal(signal.SIGINT)
-    _, errors = run.communicate(timeout=60)
+    output, errors = run.communicate(timeout=60)
     assert run.returncode == 130
-    assert errors == "interrupted: losses so far are in the run folder; no model was written\n"
+    assert len(errors.splitlines()) == 1 and errors.startswith("SIGINT: ")
     folder, = run_folders(tmp_path)
-    assert not list(folder.glob("model*"))
+    checkpoint, = folder.glob("*.pt")
+    assert "stopped by SIGINT" in output.splitlines()[-1] and f"--resume {checkpoint}" in output.splitlines()[-1]
