@@ -1621,14 +1621,20 @@ class RunLog:
                 folder = self.saved.parent
         try:
             folder.mkdir(parents=True, exist_ok=resumed is not None)
-            for partial in folder.glob("*.partial"):  # of a run that was killed while writing
-                partial.unlink()
             has_source = (folder / "log.txt").exists() and (folder / "log.txt").read_text("utf-8").startswith(source)
             self.text = open(folder / "log.txt", "a", buffering=1, encoding="utf-8")
+            with contextlib.suppress(ImportError):  # as on Windows
+                import fcntl
+                fcntl.flock(self.text, fcntl.LOCK_EX | fcntl.LOCK_NB)  # till this process ends, however it does
+            for partial in folder.glob("*.partial"):  # of a run that was killed while writing
+                partial.unlink()
             with written_whole(folder / "metrics.jsonl") as file:
                 file.write("".join(line + "\n" for line in records).encode())
             self.metrics = open(folder / "metrics.jsonl", "a", buffering=1, encoding="utf-8")
             self.text.write(source * (not has_source))
+        except BlockingIOError:
+            raise Refusal(f"{folder} is being written to by another process, expected a run that has ended; start a new "
+                          "one with --resume none") from None
         except OSError as error:
             raise Refusal(f"cannot write the run folder {folder}: {error.strerror}; name a writable place with --out "
                           "FOLDER") from None
@@ -1654,12 +1660,14 @@ class RunLog:
             return ""
         if self.saved is None:
             return "; there is no checkpoint (--save-every N makes them)"
-        processes, path = self.processes.world, shlex.quote(str(self.saved))
+        script = sys.argv[0] if Path(sys.argv[0]).name == Path(__file__).name else Path(__file__).name
+        resume = shlex.join([script, "--resume", str(self.saved)])
+        processes = self.processes.world
         if processes == 1:
-            return f"; go on with: python train_gpt2.py --resume {path}"
+            return f"; go on with: python {resume}"
         if os.environ.get("LOCAL_WORLD_SIZE", str(processes)) != str(processes):
-            return f"; go on with the same torchrun command on every machine and --resume {path}"
-        return f"; go on with: torchrun --standalone --nproc_per_node={processes} train_gpt2.py --resume {path}"
+            return f"; go on with, on every machine, the torchrun command for {resume}"
+        return f"; go on with: torchrun --standalone --nproc_per_node={processes} {resume}"
 
     def write(self, file, text: str) -> None:
         """A line, at once on its way to the disk. Raises Refusal where it has no room."""

@@ -39,6 +39,7 @@ COMMANDS = {
     "python train_gpt2.py": NEEDS_GPU,
     "python train_gpt2.py --preset five-minute": NEEDS_GPU,
     "python train_gpt2.py --recompute true --loss-chunk 2048": NEEDS_GPU,
+    "python train_gpt2.py --save-every 200 --resume auto": NEEDS_GPU,
     "python data/text.py": "",
     "python train_gpt2.py --preset tiny": SHORT,
     "python train_gpt2.py --help": "",
