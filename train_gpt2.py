@@ -432,7 +432,7 @@ class Processes(NamedTuple):
     def barrier(self) -> None:
         """Wait until every process has come here, for an hour at most: one of them may be compiling or writing."""
         if self.world > 1:
-            dist.monitored_barrier(self.host)
+            dist.monitored_barrier(self.host, timedelta(hours=1))
 
     def told(self, value):
         """What process 0 has, on every process. A plain value."""
@@ -1633,8 +1633,8 @@ class RunLog:
             self.metrics = open(folder / "metrics.jsonl", "a", buffering=1, encoding="utf-8")
             self.text.write(source * (not has_source))
         except BlockingIOError:
-            raise Refusal(f"{folder} is being written to by another process, expected a run that has ended; start a new "
-                          "one with --resume none") from None
+            raise Refusal(f"{folder} is being written to by another process, expected a run that has ended; start a "
+                          "new one with --resume none") from None
         except OSError as error:
             raise Refusal(f"cannot write the run folder {folder}: {error.strerror}; name a writable place with --out "
                           "FOLDER") from None
@@ -2071,16 +2071,17 @@ def first_bad_tensor(model: GPT, batch: Batch, step: int, stream: TokenStream) -
         alone = Batch(*(part[row:row + 1] for part in batch[:3]))
         if not model.loss(alone, attention_masks(model, alone.starts, windows_at(step, model.config)))[1].isfinite():
             part = f"output of blocks.{outputs.index(False)}" if False in outputs else "the loss"
+            found = found or f"first bad tensor: {part}"
             break
     else:
-        part, place = "none, computed anew", batch.places[0]
+        found, place = found or "no tensor is bad when it is computed anew", batch.places[0]
     _, shard, position = stream.place(place)
-    return f"{found or f'first bad tensor: {part}'}; its tokens: {shard.path} from {position}"
+    return f"{found}; its tokens: {shard.path} from {position}"
 
 
 def fitted(config: Config, vocabulary: int, dtype: torch.dtype, processes: Processes, log: RunLog) -> Config:
-    """Say how much memory each GPU will need, which records/timing.py predicts from shapes. Where that is more than it
-    has, --micro-tokens auto takes fewer tokens per pass; what else helps is named. The training stays the same."""
+    """Say how much memory each GPU will need, which records/timing.py predicts from shapes, and where that is more than
+    it has, which settings fit: --micro-tokens auto takes them. The training stays the same."""
     tools = Path(__file__).with_name("records")
     if processes.device.type == "cpu" or not (tools / "timing.py").exists():
         return config
@@ -2091,9 +2092,9 @@ def fitted(config: Config, vocabulary: int, dtype: torch.dtype, processes: Proce
     case = config, vocabulary, dtype, processes.world, processes.device, capacity
     changes = timing.settings_that_fit(*case)
     log.line(timing.fit_line(*case, changes))
-    if changes and not config.micro_tokens and "micro_tokens" in changes:
-        log.line(f"--micro-tokens auto takes {changes['micro_tokens']}")
-        return dataclasses.replace(config, micro_tokens=changes["micro_tokens"])
+    if changes and not config.micro_tokens:
+        log.line("--micro-tokens auto takes them")
+        return dataclasses.replace(config, **changes)
     return config
 
 
@@ -2130,34 +2131,40 @@ def training_loop(model: GPT, groups: dict[str, Group], streams: tuple, processe
             log.measured(step + 1, clock.now(), train_loss=float(losses.sum()))
             stop = stop or int(signals.max())
 
+    def judge(step: int) -> float:
+        loss = validate(model, val_stream, val_tokens, step, processes)
+        if not math.isfinite(loss):
+            raise not_finite(f"the validation loss after {step} steps is not finite", bad_parameters(model))
+        log.measured(step, clock.now(), val_loss=loss, peak_memory_mib=round(peak_memory(processes.device), 1))
+        return loss
+
+    def keep(step: int, following: Cursor) -> None:
+        few = processes.world * max(config.val_row_tokens, config.micro_tokens or 1024)  # a pass on each process
+        loss = val_loss if step == validated else validate(model, val_stream, min(few, val_tokens), step, processes)
+        if not math.isfinite(loss) or bad_parameters(model):
+            raise not_finite(f"after {step} steps the loss is {loss} or a weight not finite", bad_parameters(model))
+        save_checkpoint(log, model, groups, stream, processes, step, loss, seconds=clock.now(), validated=validated,
+                        cursor=tuple(following))
+
     batches = prefetched(step_batches(stream, config, processes, first, Cursor(*cursor)), processes)
     with noted_signals() as received:
         for step in range(first, config.steps + 1):
+            validating = step != validated and (step in (0, config.steps)
+                                                or config.val_every > 0 and step % config.val_every == 0)
             settled = first < step < config.steps and step % config.adam_every == 0
-            due = step != validated and (step in (0, config.steps) or config.val_every and step % config.val_every == 0)
-            saving = settled and (stop or period and step % period == 0)
-            if due or saving:
+            saving = settled and period > 0 and step % period == 0
+            if validating or saving or settled and stop:
                 clock.stop()
                 read_reports(0)
-                if due and not (stop and settled):
-                    val_loss, validated = validate(model, val_stream, val_tokens, step, processes), step
-                    if not math.isfinite(val_loss):
-                        raise not_finite(f"the validation loss after {step} steps is not finite", bad_parameters(model))
-                    log.measured(step, clock.now(), val_loss=val_loss,
-                                 peak_memory_mib=round(peak_memory(processes.device), 1))
-                if settled and (saving or stop):
-                    few = processes.world * max(config.val_row_tokens, config.micro_tokens or 1024)
-                    loss = val_loss if step == validated else validate(model, val_stream, min(few, val_tokens), step,
-                                                                       processes)
-                    if not math.isfinite(loss) or bad_parameters(model):
-                        raise not_finite(f"weights after {step} steps are not fit to be saved, their loss is {loss}",
-                                         bad_parameters(model))
-                    save_checkpoint(log, model, groups, stream, processes, step, loss, seconds=clock.now(),
-                                    validated=validated, cursor=tuple(batch.following))
-                    if stop:
-                        log.line(f"stopped by {signal.Signals(stop).name} after step {step} of {config.steps}, status "
-                                 f"{128 + stop}{log.way_back()}")
-                        raise SystemExit(128 + stop)
+                ending = settled and stop > 0
+                if validating and not ending:
+                    val_loss, validated = judge(step), step
+                if saving or ending:
+                    keep(step, batch.following)
+                if ending:
+                    log.line(f"stopped by {signal.Signals(stop).name} after step {step} of {config.steps}, status "
+                             f"{128 + stop}{log.way_back()}")
+                    raise SystemExit(128 + stop)
                 if step == config.steps:
                     break
             if clock.started is None:

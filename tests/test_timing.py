@@ -300,3 +300,59 @@ def test_refusals_are_one_line_with_the_remedy(arguments, needle):
     with pytest.raises(Refusal) as refused:
         timing.main(arguments)
     assert needle in str(refused.value) and "\n" not in str(refused.value)
+
+
+# What fits
+
+
+GIB = 2**30
+GPT2 = Config(), 50257, torch.bfloat16
+
+
+def fitting(gib: float, config: Config = GPT2[0], world: int = 1) -> dict | None:
+    return timing.settings_that_fit(config, *GPT2[1:], world, torch.device("cuda"), round(gib * GIB))
+
+
+def test_what_fits_is_changed_in_nothing_and_what_cannot_is_given_up():
+    assert fitting(80) == fitting(40) == {}
+    assert fitting(24, world=8) == {}
+    assert fitting(2) is None
+
+
+def test_the_first_settings_that_fit_change_no_more_than_they_must():
+    """Fewer tokens per pass first, then recomputation, then shorter chunks; the next smaller change does not fit."""
+    gpu, seen = torch.device("cuda"), []
+    for tenths in range(300, 60, -2):
+        changes = fitting(tenths / 10)
+        if not changes:
+            continue
+        peak = timing.peak_bytes(replace(GPT2[0], **changes), *GPT2[1:], 1, gpu)
+        assert peak <= tenths / 10 * GIB < timing.peak_bytes(*GPT2, 1, gpu)
+        for name in changes:
+            less = {other: value for other, value in changes.items() if other != name}
+            assert timing.peak_bytes(replace(GPT2[0], **less), *GPT2[1:], 1, gpu) > tenths / 10 * GIB
+        seen.append(tuple(sorted(changes)))
+    kinds = sorted(set(seen), key=seen.index)
+    assert kinds[:2] == [("micro_tokens",), ("recompute",)] and any("loss_chunk" in kind for kind in kinds)
+
+
+@pytest.mark.parametrize("gib, micro, taken", [(80, 0, {}), (24, 0, {"micro_tokens": 32_768}), (24, 65_536, {}),
+                                               (16, 0, {"recompute": True}), (16, 65_536, {}), (4, 0, {})])
+def test_micro_tokens_auto_takes_what_fits_before_anything_is_compiled(monkeypatch, gib, micro, taken):
+    """Where the number was given, the settings that fit are only named."""
+    lines = []
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=gib * GIB))
+    log = SimpleNamespace(line=lines.append)
+    config = replace(GPT2[0], micro_tokens=micro)
+    fitted = train_gpt2.fitted(config, *GPT2[1:], Processes(0, 1, torch.device("cuda")), log)
+    assert fitted == replace(config, **taken)
+    assert f"of {gib:.1f} GiB" in lines[0] and (("will not fit" in lines[0]) == (gib < 80))
+    assert ("--micro-tokens 32768" in lines[0]) == (gib == 24) and ("--recompute true" in lines[0]) == (gib == 16)
+    assert train_gpt2.fitted(config, *GPT2[1:], HERE, log) == config and len(lines) == 1 + bool(taken)
+
+
+def test_memory_only_names_what_fits(capsys):
+    timing.main(["--memory-only", "true", "--gpu-memory", "16"])
+    assert capsys.readouterr().out.splitlines()[-1].endswith("the same training fits with --recompute true")
+    with pytest.raises(Refusal, match="--gpu-memory lots is not a number"):
+        timing.main(["--memory-only", "true", "--gpu-memory", "lots"])
