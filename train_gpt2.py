@@ -2103,10 +2103,10 @@ def training_loop(model: GPT, groups: dict[str, Group], streams: tuple, processe
     """All steps that are left, with their validations and checkpoints. Returns the last validation loss. Raises Refusal
     for numbers that are not finite; SystemExit, 128 + its number, after a signal."""
     (stream, val_stream, val_tokens), config = streams, model.config
-    first, seconds, validated, val_loss, cursor = 0, 0.0, -1, math.nan, ()
+    first, seconds, validated, val_loss, following = 0, 0.0, -1, math.nan, Cursor()
     if resumed is not None:
-        first, seconds, validated, val_loss, cursor = (resumed[name] for name in (
-            "step", "seconds", "validated", "val_loss", "cursor"))
+        first, seconds, validated, val_loss = (resumed[name] for name in ("step", "seconds", "validated", "val_loss"))
+        following = Cursor(*resumed["cursor"])
         torch.set_rng_state(resumed["random_state"])
     period = math.ceil(config.save_every / config.adam_every) * config.adam_every  # no gradient waits for Adam then
     clock, on_gpu, stop = Clock(processes, seconds), processes.device.type == "cuda", 0
@@ -2138,7 +2138,7 @@ def training_loop(model: GPT, groups: dict[str, Group], streams: tuple, processe
         log.measured(step, clock.now(), val_loss=loss, peak_memory_mib=round(peak_memory(processes.device), 1))
         return loss
 
-    def keep(step: int, following: Cursor) -> None:
+    def keep(step: int) -> None:
         few = processes.world * max(config.val_row_tokens, config.micro_tokens or 1024)  # a pass on each process
         loss = val_loss if step == validated else validate(model, val_stream, min(few, val_tokens), step, processes)
         if not math.isfinite(loss) or bad_parameters(model):
@@ -2146,7 +2146,7 @@ def training_loop(model: GPT, groups: dict[str, Group], streams: tuple, processe
         save_checkpoint(log, model, groups, stream, processes, step, loss, seconds=clock.now(), validated=validated,
                         cursor=tuple(following))
 
-    batches = prefetched(step_batches(stream, config, processes, first, Cursor(*cursor)), processes)
+    batches = prefetched(step_batches(stream, config, processes, first, following), processes)
     with noted_signals() as received:
         for step in range(first, config.steps + 1):
             validating = step != validated and (step in (0, config.steps)
@@ -2160,7 +2160,7 @@ def training_loop(model: GPT, groups: dict[str, Group], streams: tuple, processe
                 if validating and not ending:
                     val_loss, validated = judge(step), step
                 if saving or ending:
-                    keep(step, batch.following)
+                    keep(step)
                 if ending:
                     log.line(f"stopped by {signal.Signals(stop).name} after step {step} of {config.steps}, status "
                              f"{128 + stop}{log.way_back()}")
@@ -2170,6 +2170,7 @@ def training_loop(model: GPT, groups: dict[str, Group], streams: tuple, processe
             if clock.started is None:
                 clock.start()
             batch = next(batches)
+            following = batch.following
             reports = train_step(model, groups, batch, step, max(received, default=0))
             copied = reports.to("cpu", non_blocking=True)
             underway.append((step, batch, copied, torch.cuda.current_stream().record_event() if on_gpu else None))
