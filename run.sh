@@ -88,6 +88,9 @@ fi
 small=true  # whether it is tiny that trains, and on which text
 [[ " $* " != *" --preset"* || " $* " == *" --preset tiny "* || " $* " == *" --preset=tiny "* ]] || small=false
 gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)
+if [[ "$gpus" -gt 0 && -n "${CUDA_VISIBLE_DEVICES+set}" ]]; then  # which may hide some
+    gpus=$(tr , '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c . || true)
+fi
 if [[ "$gpus" -gt 0 ]]; then
     [[ " $* " == *" --preset"* ]] || small=false
     if [[ "$small" == false && " $* " != *" --train-files"* && " $* " != *" --train_files"* ]]; then
