@@ -61,6 +61,12 @@ COMMANDS = {
     "python records/check.py": "is ./run.sh check",
     "python records/timing.py OPTIONS": "a placeholder",
     "torchrun --standalone --nproc_per_node=8 train_gpt2.py --seed K": NEEDS_GPU,
+    "python train_gpt2.py --seed K": NEEDS_GPU,
+    "python train_gpt2.py --seed K --micro-tokens auto": NEEDS_GPU,
+    **{f"python records/report.py {rest}": "a placeholder" for rest in (
+        "show RUN...", "verify --target 3.28 RUN...", "verify --target 3.28 --planned N RUN...",
+        "verify --target 1.9076 --planned N RUN...", "compare A B", "plot OUT.png RUN...", "band RUN", "band logs/RUN",
+        "OPTIONS")},
 }
 SHAKESPEARE = "--train-files 'data/shakespeare/*train*.bin' --val-files 'data/shakespeare/*val*.bin'"
 COMMANDS |= {f"python train_gpt2.py --preset tiny {options}{SHAKESPEARE}": "--steps 2 --val-tokens 2048 --width 32"
