@@ -43,6 +43,9 @@ COMMANDS = {
     "python train_gpt2.py --preset tiny": SHORT,
     "python train_gpt2.py --help": "",
     'python evals/sample.py logs/RUN/model.pt --prompt "def "': "--tokens 20",
+    'python evals/sample.py logs/RUN/model.pt --prompt "def " --prompt "class " --top-k 40': "--tokens 20",
+    "python evals/hellaswag.py logs/RUN/model.pt": NEEDS_NETWORK,
+    "python evals/export.py logs/RUN/model.pt": "",
     "python data/text.py notes/ book.txt more.jsonl --out data/mine": "",
     "python data/text.py input.txt --out data/shakespeare": "",
     "python records/timing.py --preset five-minute --tokens-per-step 16384 --row-tokens 1024": "takes minutes",
@@ -135,7 +138,7 @@ def test_command(command, copy):
     output = run(f"{command} {COMMANDS[command]}".replace("logs/RUN/model.pt", str(runs[-1]) if runs else ""), copy)
     expected = {"check": "ok: this machine", "train_gpt2.py --help": "--tokens-per-step", "sample.py": "def ",
                 "train_gpt2.py --preset": "final val_loss", "text.py": "train on them with", "timing.py": "memory",
-                "doctor": "ready to train",
+                "doctor": "ready to train", "export.py": "model.safetensors",
                 "parts.py": "million tokens/s", "ladder.py --": "ladder.md"}
     for part, text in expected.items():
         if part in command:
