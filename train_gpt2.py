@@ -62,6 +62,9 @@ from tqdm import tqdm
 class Refusal(SystemExit):
     """Bad input. Carries one line: what was found, what was expected, the command that mends it. Exit status 1."""
 
+    def __init__(self, line: str):
+        super().__init__(" ".join(line.splitlines()))  # what was found may hold line ends
+
 
 def setting(default, unit: str, reason: str, low: float = 0, high: float = math.inf):
     """Lists "by stage" hold a value for each part of the run, the last goes on; other lists as many as the default."""
@@ -88,19 +91,19 @@ class Config:
     steps: int = setting(1600, "updates", "length of the run; schedules stretch with it", 1)
     extension: float = setting(0.025, "of steps", "end of the run beyond the schedule, its rates at the floor", 0, 0.9)
     tokens_per_step: Ints = setting((131_072, 262_144, 393_216), "tokens, by stage", "batch of one update in all", 1)
-    row_tokens: Ints = setting((16_384, 32_768, 49_152), "tokens, by stage", "sequence that attention sees at once", 1)
+    row_tokens: Ints = setting((16_384, 32_768, 49_152), "tokens, by stage", "what attention sees at once", 1, 2**24)
     micro_tokens: int = setting(0, "tokens", "most per forward pass, one row at least; 0 or auto: what fits, to 65,536")
     recompute: bool = setting(False, "true|false", "recompute block activations in backward, for small memories")
     loss_chunk: int = setting(8192, "tokens", "logits held at once by the loss", 1)
     # how it is judged
     val_every: int = setting(250, "updates", "distance between validations; 0: only the first and the last")
     val_tokens: int = setting(10_485_760, "tokens", "validation tokens, always the first ones of the shards", 1)
-    val_row_tokens: int = setting(262_144, "tokens", "row in validation", 1)
+    val_row_tokens: int = setting(262_144, "tokens", "row in validation", 1, 2**24)
     # the model
     layers: int = setting(11, "count", "transformer blocks", 1, 1000)
     heads: int = setting(6, "count", "attention heads", 1)
-    width: int = setting(768, "channels", "residual stream", 2)
-    mlp_ratio: int = setting(4, "times width", "hidden channels of the MLP", 1)
+    width: int = setting(768, "channels", "residual stream", 2, 2**20)
+    mlp_ratio: int = setting(4, "times width", "hidden channels of the MLP", 1, 1000)
     window: Ints = setting((384, 896, 1408, 1664), "tokens, by stage", "how far back a query sees", 1)
     window_short: Ints = setting((128, 384, 640, 768), "tokens, by stage", "the same in --short-layers", 1)
     window_final: int = setting(2560, "tokens", "window of the last validation; 0: that of training")
@@ -108,7 +111,7 @@ class Config:
     paired_layers: Ints = setting((0, 2, 5, 9), "layers", "layers whose heads attend in pairs over 2 T positions")
     attention_free: Ints = setting((6,), "layers", "layers that are an MLP only")
     qk_norm: bool = setting(True, "true|false", "normalise queries and keys per head: attention logits stay bounded")
-    attention_scale: float = setting(0.1, "-", "softmax scale in the first stage; 0: 1 / sqrt(head width)")
+    attention_scale: float = setting(0.1, "-", "softmax scale in the first stage; 0: 1 / sqrt(head width)", 0, 1000)
     rotary_base: float = setting(1024 ** (32 / 31), "-", "slowest rotary wavelength / 2 pi, about", 1)
     rotary_share: float = setting(0.5, "of channels", "turned by position; the others match by content alone", 0, 1)
     yarn: bool = setting(True, "true|false", "stretch rotary wavelengths and sharpen the softmax as windows grow")
@@ -119,10 +122,10 @@ class Config:
     value_tables: int = setting(3, "count", "tables of these embeddings, taken in turn", 1)
     value_gates: bool = setting(True, "true|false", "each head weighs its value embedding, seeing 12 channels")
     value_residual: bool = setting(False, "true|false", "each layer mixes layer 0's values into its own")
-    bigram: int = setting(5, "times vocabulary", "rows of a hashed table of token pairs, added to the stream; 0: off")
+    bigram: int = setting(5, "times vocabulary", "rows of a hashed table of token pairs on the stream; 0: off", 0, 1000)
     smear: bool = setting(True, "true|false", "each token's embedding takes up some of the one before")
     x0_shortcut: bool = setting(True, "true|false", "each block mixes the embedding back into the stream")
-    residual_init: float = setting(1.1, "-", "first weight of the stream in that mixture")
+    residual_init: float = setting(1.1, "-", "first weight of the stream in that mixture", 0, 1000)
     gated_skip: Ints = setting((3, 6), "layers", "a layer's output is added, gated, before a later one")
     unet_skips: bool = setting(False, "true|false", "feed the first half's outputs to the second half, mirrored")
     backout: Ints = setting((7,), "layers", "layer whose output is in part subtracted before the head")
@@ -130,8 +133,8 @@ class Config:
     softcap: Floats = setting((11.5, 15.0, 5.0), "height,range,shift", "height x tanh((logit + shift) / range); 0: off")
     predicted_tokens: int = setting(3, "count", "tokens predicted ahead in the first stage, later fewer", 1, 64)
     tied_until: float = setting(2 / 3, "of schedule", "embedding and head are one table till then; 0: never", 0, 1)
-    attention_init: float = setting(1.0, "/ sqrt(width)", "spread of the first query, key and value weights")
-    mlp_init: float = setting(0.5, "/ sqrt(width)", "spread of the first up weights")
+    attention_init: float = setting(1.0, "/ sqrt(width)", "spread of the first query, key and value weights", 0, 1000)
+    mlp_init: float = setting(0.5, "/ sqrt(width)", "spread of the first up weights", 0, 1000)
     # the optimizers
     muon_lr: float = setting(0.023, "-", "block matrices: step length in units of an orthogonal matrix")
     muon_momentum: float = setting(0.95, "-", "momentum of Muon in the middle of the run", 0, 0.9999)
@@ -460,7 +463,7 @@ class Processes(NamedTuple):
 
 def first_difference(expected: dict, found: dict) -> tuple | None:
     """The first name whose values differ, with both; a missing one counts as None."""
-    return next(((name, expected.get(name), found.get(name)) for name in sorted({*expected, *found})
+    return next(((name, expected.get(name), found.get(name)) for name in sorted({*expected, *found}, key=str)
                  if expected.get(name) != found.get(name)), None)
 
 
@@ -482,14 +485,40 @@ def start_processes(config: Config) -> Processes:
         torch.cuda.set_device(device)
     else:
         keep_freed_memory()
-    if world > 1 and "MASTER_ADDR" not in os.environ:
-        raise Refusal(f"WORLD_SIZE is {world}, but MASTER_ADDR is not set; let torchrun start the processes: "
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if world > 1 and missing:
+        raise Refusal(f"WORLD_SIZE is {world}, but {missing[0]} is not set; let torchrun start the processes: "
                       f"torchrun --standalone --nproc_per_node={world} train_gpt2.py")
     if world == 1:
         return Processes(rank, world, device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=config.patience),
-                            device_id=device if device.type == "cuda" else None)
+    on_gpu, patience = device.type == "cuda", timedelta(seconds=config.patience)
+    store, _, _ = next(dist.rendezvous("env://", timeout=patience))
+    dist.init_process_group("nccl" if on_gpu else "gloo", rank=rank, world_size=world,
+                            timeout=patience + timedelta(minutes=on_gpu),  # for the loop to speak first
+                            store=names_of_this_start(store, rank, world, config.patience),
+                            device_id=device if on_gpu else None)
     return Processes(rank, world, device, dist.new_group(backend="gloo", timeout=timedelta(hours=1)))
+
+
+def names_of_this_start(store: dist.Store, rank: int, world: int, patience: int) -> dist.Store:
+    """The store that processes find each other by, under a name that process 0 makes up. torchrun keeps one store over
+    all its restarts: an address that an earlier start left there leads nowhere, and the run would hang. Each process
+    asks with a word of its own, so that no old answer can be taken for one to it. Raises Refusal."""
+    name, begin = secrets.token_hex(8), time.monotonic()
+    if rank > 0:
+        store.set(f"asked by {rank}", name)
+        name = store.get(f"answer to {name}").decode()
+        store.set(f"{name} is known to {rank}", "")
+    left = list(range(1, world)) if rank == 0 else []
+    while left := [other for other in left if not store.check([f"{name} is known to {other}"])]:
+        for other in left:
+            if store.check([f"asked by {other}"]):
+                store.set(f"answer to {store.get(f'asked by {other}').decode()}", name)
+        if time.monotonic() > begin + patience:
+            raise Refusal(f"processes {spelled(tuple(left))} of {world} have not come within --patience {patience} s; "
+                          "what they said stands above or in their machines' output")
+        time.sleep(0.02)
+    return dist.PrefixStore(name, store)
 
 
 def keep_freed_memory() -> None:
@@ -550,7 +579,8 @@ class Shard(NamedTuple):
 
 
 def damaged(path: str | Path, problem: str) -> Refusal:
-    return Refusal(f"{path} {problem}; fetch or write it again: rm {path} && {shard_command(path)}")
+    return Refusal(f"{path} {problem}; fetch or write it again: rm {shlex.quote(str(path))} && "
+                   f"{shard_command(path)}")
 
 
 def file_stamp(path: str | Path) -> tuple:
@@ -598,6 +628,8 @@ def shard_command(pattern: str | Path, shards: int = 10) -> str:
 
 def read_tokens(shard: Shard, start: int, count: int) -> np.ndarray:
     """(count,) uint16 tokens from `start` on. Raises Refusal if the file has changed or holds an impossible token."""
+    if not 0 <= start <= start + count <= shard.tokens:
+        raise Refusal(f"{shard.path} has {shard.tokens} tokens; {count} from {start} on are not among them")
     try:
         tokens = np.fromfile(shard.path, "<u2", count, offset=4 * HEADER_WORDS + 2 * start)
         changed = shard.stamp not in (None, file_stamp(shard.path))
@@ -747,10 +779,14 @@ def step_batches(stream: TokenStream, config: Config, processes: Processes, firs
 
 
 def tokens_needed(stream: TokenStream, config: Config) -> int:
-    """How far a run reads into the stream. Where documents are cut short, that is found by packing all its rows."""
+    """How far a run reads into the stream. Where documents are cut short, that is found by packing all its rows; beyond
+    four passes over the stream, by packing a part of them."""
+    inputs = tokens_until(config.steps, config)
     if config.long_documents == "continue":
-        return tokens_until(config.steps, config) + 1  # the last target of all
-    return deque(step_rows(stream, dataclasses.replace(config, shuffle=False)), maxlen=1).pop()[1].position
+        return inputs + 1  # the last target of all
+    parts = 1 + inputs // (4 * stream.tokens)
+    shorter = dataclasses.replace(config, shuffle=False, steps=max(1, config.steps // parts))
+    return parts * deque(step_rows(stream, shorter), maxlen=1).pop()[1].position
 
 
 def prefetched(batches: Iterator[Batch], processes: Processes) -> Iterator[Batch]:
@@ -918,7 +954,7 @@ class Layer(NamedTuple):
 
 def layer_plan(config: Config) -> list[Layer]:
     """The layers in order. Value tables are dealt in turn: with three, layers 0, 1, 8, 9, 10 take 0, 1, 2, 0, 1."""
-    tables = {layer: place % config.value_tables for place, layer in enumerate(sorted(config.value_layers))}
+    tables = {layer: place % config.value_tables for place, layer in enumerate(sorted(set(config.value_layers)))}
     return [Layer(i not in config.attention_free, i in config.short_layers, i in config.paired_layers,
                   config.key_offset and i not in config.short_layers + config.paired_layers, tables.get(i),
                   config.value_residual and i > 0) for i in range(config.layers)]
@@ -1617,12 +1653,13 @@ class RunLog:
         if resumed is not None:
             self.saved = Path(resumed["path"])
             records = records_until(self.saved.with_name("metrics.jsonl"), resumed["step"])
-            if self.saved == checkpoints(self.saved.parent)[-1] and not self.saved.with_name("model.pt").exists():
+            if checkpoints(self.saved.parent)[-1:] == [self.saved] and not self.saved.with_name("model.pt").exists():
                 folder = self.saved.parent
         try:
             folder.mkdir(parents=True, exist_ok=resumed is not None)
-            has_source = (folder / "log.txt").exists() and (folder / "log.txt").read_text("utf-8").startswith(source)
-            self.text = open(folder / "log.txt", "a", buffering=1, encoding="utf-8")
+            log = folder / "log.txt"
+            has_source = log.exists() and log.read_bytes().startswith(source.encode())
+            self.text = open(log, "a", buffering=1, encoding="utf-8", errors="backslashreplace", newline="\n")
             with contextlib.suppress(ImportError):  # as on Windows
                 import fcntl
                 fcntl.flock(self.text, fcntl.LOCK_EX | fcntl.LOCK_NB)  # till this process ends, however it does
@@ -1679,6 +1716,7 @@ class RunLog:
     def line(self, text: str, show: bool = True) -> None:
         if self.folder is None:
             return
+        text = text.encode(errors="backslashreplace").decode()  # names of files may be no text
         self.write(self.text, text)
         if show:
             try:
@@ -1744,8 +1782,10 @@ def load_compile_cache(config: Config) -> str:
     if cache is None:
         return "the first time takes minutes"
     logging.getLogger("torch.compiler._cache").setLevel(logging.CRITICAL)  # a damaged file is worth no traceback
-    with contextlib.suppress(OSError):
-        found = torch.compiler.load_cache_artifacts(cache.read_bytes())
+    with contextlib.suppress(Exception):
+        content = cache.read_bytes()
+        if content[:32] == hashlib.sha256(content[32:]).digest():
+            found = torch.compiler.load_cache_artifacts(content[32:])
     return f"reusing {cache}" if found else f"{cache} is damaged and not used: it takes minutes"
 
 
@@ -1756,7 +1796,7 @@ def save_compile_cache(path: Path) -> str:
         if artifacts is not None:
             path.parent.mkdir(parents=True, exist_ok=True)  # on the first machine it is there
             with written_whole(path) as file:
-                file.write(artifacts[0])
+                file.write(hashlib.sha256(artifacts[0]).digest() + artifacts[0])
         return f"kept in {path}"
     except OSError as error:  # no reason to stop a run
         return f"not kept: {path}: {error.strerror}"
@@ -1784,10 +1824,10 @@ def written_whole(path: Path) -> Iterator:
 def records_until(path: Path, step: int) -> list[str]:
     """The lines of a metrics.jsonl up to a step. A last one that was cut off by a crash is left out."""
     lines = []
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        for line in path.read_text(encoding="utf-8").splitlines():
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+        for line in path.read_bytes().splitlines():
             if json.loads(line)["step"] <= step:
-                lines.append(line)
+                lines.append(line.decode())
     return lines
 
 
@@ -1832,8 +1872,14 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob("checkpoint_*.pt"))
 
 
+# What files hold beside their tensors, by kind: every one, and those that a run can go on from.
+SAVED = {"config": dict, "weights": dict, "step": int, "vocabulary": int, "separator": int, "dtype": str,
+         "val_loss": float}
+TO_GO_ON = {"state": dict, "cursor": tuple, "seconds": float, "validated": int, "shards": dict, "random_state": Tensor}
+
+
 def unusable(path: str | Path, error: Exception) -> Refusal:
-    reason = " ".join(str(error).split()).split(". ")[0][:200]
+    reason = " ".join(str(error).split()).split(". ")[0][:200] or "no reason given"
     return Refusal(f"cannot use {path} as a checkpoint: {type(error).__name__}, {reason}; expected a file written by "
                    "this train_gpt2.py; train one: python train_gpt2.py --preset tiny")
 
@@ -1843,13 +1889,25 @@ def read_saved(path: str | Path, whole: bool = True) -> dict:
     compared. Raises Refusal for any other file."""
     try:
         with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
             damaged_part = archive.testzip() if whole else None
+        if len(names) > len({*names}):  # the checksum of only one of two would be compared
+            raise ValueError("two of its parts have one name")
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         if damaged_part or not isinstance(saved, dict):
             raise ValueError(f"{damaged_part} is damaged" if damaged_part else "it holds something else")
-        for name, kind in (("config", dict), ("weights", dict), ("step", int), ("vocabulary", int), ("dtype", str)):
-            if not isinstance(saved.get(name), kind):
+        for name, kind in SAVED.items():
+            if type(saved.get(name)) is not kind:
                 raise ValueError(f"it has no {name}")
+        if saved["step"] < 0 or not 0 <= saved["separator"] < saved["vocabulary"] <= 65_536:
+            raise ValueError(f"it states step {saved['step']}, a vocabulary of {saved['vocabulary']} and separator "
+                             f"{saved['separator']}")
+        for name, tensor in (*saved["weights"].items(), *saved.get("state", {}).items()):
+            if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_meta or not (
+                    tensor.is_contiguous()):
+                raise ValueError(f"its {name} is no plain tensor")
+            if whole and not tensor.isfinite().all():
+                raise ValueError(f"its {name} is not finite")
         return saved
     except Exception as error:  # whatever the file system, the archive or the unpickler object to
         raise unusable(path, error) from None
@@ -1863,7 +1921,10 @@ def config_of(saved: dict, path: str | Path) -> Config:
                       f"{'missing' if name in options else 'unknown here'}; use that version, with which its log.txt "
                       "begins")
     for name, value in saved["config"].items():
-        if parse_value(spelled_flag(name), spelled(value, exact=True), options[name]) != value:
+        kind = options[name].type
+        is_plain = type(value) is (get_origin(kind) or kind) and all(
+            type(part) is get_args(kind)[0] for part in (value if get_origin(kind) else ()))
+        if not is_plain or parse_value(spelled_flag(name), spelled(value, exact=True), options[name]) != value:
             raise Refusal(f"{path} holds {name} = {value!r}, which is no {options[name].metadata['unit']}; use another "
                           "checkpoint")
     config = Config(**saved["config"])
@@ -1871,16 +1932,26 @@ def config_of(saved: dict, path: str | Path) -> Config:
     return config
 
 
+def check_shapes(saved: dict, config: Config, path: str | Path) -> None:
+    """Raises Refusal where the weights are not those of the settings, before anything of that size is made."""
+    try:
+        with torch.device("meta"):
+            shapes = {name: (p.shape, p.dtype) for name, p in
+                      GPT(config, saved["vocabulary"], getattr(torch, saved["dtype"])).state_dict().items()}
+        held = {name: (tensor.shape, tensor.dtype) for name, tensor in saved["weights"].items()}
+        if difference := first_difference(shapes, held):
+            name, expected, found = difference
+            raise ValueError(f"its {name} is {found}, that of its settings {expected}")
+    except Exception as error:
+        raise unusable(path, error) from None
+
+
 def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[GPT, dict]:
     """A model that `save_model` wrote, and the values beside it. Raises Refusal for any other file."""
     saved = read_saved(path)
     config = config_of(saved, path)
+    check_shapes(saved, config, path)
     try:
-        with torch.device("meta"):  # shapes are compared before anything of that size is made
-            shapes = {name: (p.shape, p.dtype) for name, p in
-                      GPT(config, saved["vocabulary"], getattr(torch, saved["dtype"])).state_dict().items()}
-        if shapes != {name: (tensor.shape, tensor.dtype) for name, tensor in saved["weights"].items()}:
-            raise ValueError("its weights are not those of its settings")
         model = GPT(config, saved["vocabulary"], getattr(torch, saved["dtype"]))
         model.load_state_dict(saved["weights"])
     except Exception as error:
@@ -1900,14 +1971,21 @@ def find_checkpoint(place: str | Path, whole: bool = True) -> tuple[Path, dict]:
             if "state" not in saved:
                 raise Refusal(f"{path} holds a model without its optimizer; expected a checkpoint_*.pt (--save-every N "
                               "makes them)")
-            cursor, counts = saved.get("cursor"), [saved["step"], saved.get("validated")]
-            valid = isinstance(cursor, tuple) and len(cursor) == 3 and isinstance(saved.get("seconds"), float)
-            if not valid or any(not isinstance(count, int) or count < 0 for count in [*cursor, *counts]):
-                raise Refusal(f"{path} states step, data position or clock as {counts, cursor, saved.get('seconds')}; "
-                              "expected counts; use another checkpoint")
+            for name, kind in TO_GO_ON.items():
+                if type(saved.get(name)) is not kind:
+                    raise ValueError(f"it has no {name}")
+            _position, deals, left = cursor = saved["cursor"]
+            counts = (*cursor, saved["step"], saved["validated"])
+            if any(type(count) is not int or not 0 <= count < 2**63 for count in counts) or left and not deals or not (
+                    0 <= saved["seconds"] < math.inf and math.isfinite(saved["val_loss"])):
+                raise ValueError(f"it states data position, step and last validation as {counts}, the clock as "
+                                 f"{saved['seconds']}, its loss as {saved['val_loss']}")
+            torch.Generator().set_state(saved["random_state"])
             return path, saved
         except Refusal as error:
             refusal = error
+        except Exception as error:
+            refusal = unusable(path, error)
     raise refusal
 
 
@@ -1936,13 +2014,17 @@ def open_checkpoint(config: Config, stream: TokenStream, processes: Processes) -
         found = newest_of_this_run(config) if config.resume == "auto" else find_checkpoint(config.resume)
     if found is not None:
         path, saved = found
-        if difference := first_difference(stream.fingerprint(), saved.get("shards") or {}):
+        if difference := first_difference(stream.fingerprint(), saved["shards"]):
             name, found_here, expected = difference
             raise Refusal(f"{path} was trained on other shards: {name} has (tokens, checksum) {found_here}, expected "
                           f"{expected}; name those with --train-files")
         if saved["step"] >= config.steps:
             raise Refusal(f"{path} is after step {saved['step']} of --steps {config.steps}; the nearest is --steps "
                           f"{saved['step'] + 1}")
+        if (saved["vocabulary"], saved["separator"]) != (stream.vocabulary, stream.separator):
+            raise Refusal(f"{path} has (vocabulary, separator) {saved['vocabulary'], saved['separator']}, the shards "
+                          f"{stream.vocabulary, stream.separator}; name those it was trained on with --train-files")
+        check_shapes(saved, config_of(saved, path), path)
         plain = {name: value for name, value in saved.items() if name not in ("weights", "state")} | {"path": str(path)}
     return processes.told(plain), found and found[1]
 
@@ -1960,6 +2042,7 @@ def restore(saved: dict | None, step: int, model: GPT, groups: dict[str, Group],
             raise Refusal(f"the checkpoint's {name} is {found}, this run's {expected}; give the settings and the "
                           "--dtype that it was written with")
         model.load_state_dict(saved["weights"])
+    processes.barrier()  # however long that took
     for group in groups.values():
         if processes.world > 1:
             dist.broadcast(group.weights, 0)
@@ -2079,14 +2162,16 @@ def first_bad_tensor(model: GPT, batch: Batch, step: int, stream: TokenStream) -
     return f"{found}; its tokens: {shard.path} from {position}"
 
 
+MEMORY_TOOL = Path(__file__).parent / "records" / "timing.py"
+
+
 def fitted(config: Config, vocabulary: int, dtype: torch.dtype, processes: Processes, log: RunLog) -> Config:
     """Say how much memory each GPU will need, which records/timing.py predicts from shapes, and where that is more than
     it has, which settings fit: --micro-tokens auto takes them. The training stays the same."""
-    tools = Path(__file__).with_name("records")
-    if processes.device.type == "cpu" or not (tools / "timing.py").exists():
+    if processes.device.type == "cpu" or not MEMORY_TOOL.exists():
         return config
     sys.modules.setdefault("train_gpt2", sys.modules[__name__])  # which is what that tool imports
-    sys.path.append(str(tools))
+    sys.path.append(str(MEMORY_TOOL.parent))
     import timing
     capacity = min(processes.gathered(torch.cuda.get_device_properties(processes.device).total_memory))
     case = config, vocabulary, dtype, processes.world, processes.device, capacity
@@ -2120,8 +2205,12 @@ def training_loop(model: GPT, groups: dict[str, Group], streams: tuple, processe
         nonlocal stop
         while len(underway) > left:
             step, batch, reports, copied = underway.popleft()
-            if copied is not None:
-                copied.synchronize()
+            deadline = time.monotonic() + config.patience
+            while copied is not None and not copied.query():
+                if time.monotonic() > deadline:  # not copied.synchronize(), from which NCCL would abort without a word
+                    raise Refusal(f"step {step + 1} has not ended within --patience {config.patience} s: another "
+                                  f"process has ended or hangs{log.way_back()}")
+                time.sleep(0.0005)
             losses, signals = reports.unbind(1)
             bad = [rank for rank, loss in enumerate(losses.tolist()) if not math.isfinite(loss)]
             if bad:
@@ -2154,8 +2243,8 @@ def training_loop(model: GPT, groups: dict[str, Group], streams: tuple, processe
             settled = first < step < config.steps and step % config.adam_every == 0
             saving = settled and period > 0 and step % period == 0
             if validating or saving or settled and stop:
+                read_reports(0)  # first, for it waits with patience
                 clock.stop()
-                read_reports(0)
                 ending = settled and stop > 0
                 if validating and not ending:
                     val_loss, validated = judge(step), step
@@ -2177,6 +2266,7 @@ def training_loop(model: GPT, groups: dict[str, Group], streams: tuple, processe
             read_reports(int(on_gpu))
         if log.folder is not None:
             save_model(log.folder / "model.pt", model, stream, config.steps, val_loss)
+        processes.barrier()
     log.line(f"final val_loss {val_loss:.4f} nats per token, training time {clock.now():.2f} s, "
              f"{tokens_until(config.steps, config) / clock.now():,.0f} tokens/s, peak memory "
              f"{peak_memory(processes.device):,.0f} MiB; all of it in {log.folder}")
@@ -2204,11 +2294,13 @@ def train(config: Config, processes: Processes) -> Path | None:
     """The whole run. Returns the run folder (None on processes other than 0). Raises Refusal, or leaves a model; after
     SIGTERM or SIGINT leaves a checkpoint and raises SystemExit."""
     check_processes(config, processes.world)
-    version = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
-    processes.must_agree("setting", {**dataclasses.asdict(config), "script": version},
-                         "start all with the same script and options")
     dtype = compute_dtype(config, processes.device)
     use_float8 = float8_head(config, dtype, processes.device)
+    processes.must_agree("setting", {
+        **dataclasses.asdict(config), "script": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12],
+        "dtype": str(dtype), "float8": use_float8, "device": processes.device.type, "torch": torch.__version__,
+        "triton": importlib.util.find_spec("triton") is not None, "records": MEMORY_TOOL.exists()},
+        "start all with the same files, software and options")
     stream, val_stream, val_tokens = streams = open_data(config)
     processes.must_agree("shard", stream.fingerprint() | val_stream.fingerprint(), "give all machines the same shards")
     resumed, saved = open_checkpoint(config, stream, processes)
@@ -2216,6 +2308,7 @@ def train(config: Config, processes: Processes) -> Path | None:
         log.line(environment(processes), show=False)
         config = fitted(config, stream.vocabulary, dtype, processes, log)
         log.line(json.dumps(dataclasses.asdict(config)), show=False)
+        log.line(f"shards {json.dumps({'train': stream.fingerprint(), 'val': val_stream.fingerprint()})}", show=False)
         model = GPT(config, stream.vocabulary, dtype).to(processes.device)
         model.float8 = use_float8
         groups = optimizer_groups(model, config, dtype, processes)
@@ -2248,8 +2341,11 @@ def plain_words(error: BaseException) -> str | None:
     if isinstance(error, torch.OutOfMemoryError):
         return ("the GPU has too little memory; the same training needs less of it with --recompute true "
                 "--loss-chunk 2048")
-    if isinstance(error, dist.DistError) or isinstance(error, RuntimeError) and re.search("gloo|monitoredBarrier|NCCL",
-                                                                                         str(error)):
+    if isinstance(error, MemoryError) or isinstance(error, RuntimeError) and re.search(
+            "DefaultCPUAllocator|Storage size calculation overflowed|out of memory", text):
+        return f"the machine has too little memory ({text[:160]}); take a smaller --width, --layers or --val-row-tokens"
+    lost = "gloo|monitoredBarrier|NCCL|pair closure"  # the last is gloo's word for a time-out
+    if isinstance(error, dist.DistError) or isinstance(error, RuntimeError) and re.search(lost, str(error)):
         return (f"the connection to another process is lost: it has ended, or kept silent for longer than --patience "
                 f"({text[:160]}); what it said itself stands above or in its machine's output")
     return None
@@ -2268,7 +2364,9 @@ def main(arguments: list[str] | None = None) -> None:
                 dist.destroy_process_group()
             raise
         if os.environ.get("RANK", "0") != "0":
-            time.sleep(5)  # torchrun ends the job when process 0 has spoken; what only this process saw is said after
+            # torchrun ends the job when process 0 has spoken; what only this process saw is said after. Where a
+            # connection is lost, others wait for this process to go before they notice: it goes sooner.
+            time.sleep(5 if isinstance(error, Refusal) else 0.5)
         status = 130 if isinstance(error, KeyboardInterrupt) else 1  # 128 + SIGINT, as shells count
         if dist.is_initialized() or status == 130:
             print(line, file=sys.stderr, flush=True)

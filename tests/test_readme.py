@@ -23,6 +23,9 @@ COMMANDS = {
     "./run.sh --steps 100": NEEDS_GPU,  # the same path as above here
     "./run.sh test": "runs these tests",
     "./run.sh test -m slow tests": "runs these tests",
+    "./run.sh test -m slow tests/test_hosts.py": "runs these tests",
+    "torchrun --nnodes=2 --nproc_per_node=8 --rdzv-backend=c10d --rdzv-endpoint=FIRST:29400 --rdzv-id=run1 "
+    "--max-restarts=3 train_gpt2.py --save-every 100 --resume auto": "needs two machines",
     "./run.sh check": "",
     "python records/timing.py --memory-only true --gpu-memory 24": "",
     "python data/fineweb.py 10": NEEDS_NETWORK,
