@@ -1841,8 +1841,9 @@ def save_model(path: Path, model: GPT, stream: TokenStream, step: int, val_loss:
     try:
         with written_whole(path) as file:
             torch.save(saved, file)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as the latter
-        raise Refusal(f"cannot write {path}: {' '.join(str(error).split())[:200]}; make room there, or name another "
+    except (OSError, RuntimeError) as error:  # of a full disk torch makes the latter, with the former behind it
+        reason = error.__context__ if isinstance(error.__context__, OSError) else error
+        raise Refusal(f"cannot write {path}: {' '.join(str(reason).split())[:200]}; make room there, or name another "
                       "folder with --out FOLDER") from None
 
 
