@@ -726,6 +726,23 @@ def test_a_full_disk(corpus, unbroken, tmp_path, monkeypatch, place, kept, names
     assert_unbroken(run, unbroken(FIVE))
 
 
+def test_two_processes_never_write_to_one_run(unbroken, tmp_path):
+    """Even where torchrun alone was killed and its workers still train. The lock goes with the process that has it."""
+    fcntl = pytest.importorskip("fcntl")
+    copy = cut_off(unbroken(FIVE), 4, tmp_path)
+    partial = copy / "checkpoint_0000005.7.partial"
+    partial.write_bytes(b"half")
+    before = {path.name: path.read_bytes() for path in copy.iterdir()}
+    with open(copy / "log.txt", "a") as held:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        line = refused(f"--resume={copy}")
+    assert str(copy) in line and "another process" in line and "--resume none" in line
+    assert {path.name: path.read_bytes() for path in copy.iterdir()} == before
+    train_gpt2.main([f"--resume={copy}"])
+    assert_unbroken(copy, unbroken(FIVE))
+    assert not partial.exists()
+
+
 def test_the_run_folder_cannot_be_written_on_resume(unbroken, tmp_path):
     copy = cut_off(unbroken(FIVE), 4, tmp_path)
     (copy / "log.txt").unlink()
