@@ -85,15 +85,18 @@ fi
 
 [[ "$command" == train ]] || exec python records/doctor.py "$@"
 
+export STARTED_BY=$0  # for the script to say how to go on
+resumes=false  # a run whose settings and files its checkpoint knows
+[[ ! " $* " =~ \ --resume[\ =][^\ ]*[/.] ]] || resumes=true
 small=true  # whether it is tiny that trains, and on which text
 [[ " $* " != *" --preset"* || " $* " == *" --preset tiny "* || " $* " == *" --preset=tiny "* ]] || small=false
 gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)
 if [[ "$gpus" -gt 0 && -n "${CUDA_VISIBLE_DEVICES+set}" ]]; then  # which may hide some
-    gpus=$(tr , '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c . || true)
+    gpus=$(tr , '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c '^[^-]' || true)
 fi
 if [[ "$gpus" -gt 0 ]]; then
     [[ " $* " == *" --preset"* ]] || small=false
-    if [[ "$small" == false && " $* " != *" --train-files"* && " $* " != *" --train_files"* ]]; then
+    if [[ "$small" == false && "$resumes" == false && " $* " != *" --train"[-_]"files"* ]]; then
         say "fetching FineWeb where it is missing (validation and ten training shards, 2.2 GB)"
         python data/fineweb.py 10
     fi
@@ -107,15 +110,15 @@ elif [[ "$small" == true ]]; then
 else
     say "no GPU: training on this CPU"
 fi
-if [[ "$small" == true ]] && ! compgen -G 'data/text/text_train_*.bin' >/dev/null; then
+if [[ "$small" == true && "$resumes" == false ]] && ! compgen -G 'data/text/text_train_*.bin' >/dev/null; then
     say "preparing text to train on: Python's own sources"
     python data/text.py
 fi
 log=$(mktemp)
 trap 'rm -f "$log"' EXIT
-[[ " $* " == *" --preset"* || " $* " =~ \ --resume[\ =][^\ ]*[/.] ]] || set -- --preset tiny "$@"
+[[ " $* " == *" --preset"* || "$resumes" == true ]] || set -- --preset tiny "$@"
 python train_gpt2.py "$@" | tee -i "$log"  # which goes on after Ctrl-C, as the script does
-model=$(sed -n 's/.*all of it in //p' "$log" | tail -1)/model.pt
+model=$(sed -n 's/.*all of it in \([^;]*\).*/\1/p' "$log" | tail -1)/model.pt
 say "a sample of what it learned"
 python evals/sample.py "$model" --prompt "def " --tokens 300
 say "more: python evals/sample.py $model --prompt 'class '"

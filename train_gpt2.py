@@ -205,6 +205,9 @@ def parse_command_line(arguments: list[str]) -> Config:
     while words:
         flag, equals, value = words.pop(0).partition("=")
         name = flag.removeprefix("--").replace("-", "_")
+        if flag[:1] not in ("", "-"):
+            raise Refusal(f"{flag} is no option: options begin with --, as --steps 100 (python train_gpt2.py --help "
+                          "lists all)")
         if not flag.startswith("--") or name not in options:
             raise Refusal(f"unknown option {flag}; the nearest is {spelled_flag(nearest(name, options))} "
                           "(python train_gpt2.py --help lists all)")
@@ -439,10 +442,7 @@ class Processes(NamedTuple):
 
     def told(self, value):
         """What process 0 has, on every process. A plain value."""
-        values = [value]
-        if self.world > 1:
-            dist.broadcast_object_list(values, 0, group=self.host)
-        return values[0]
+        return self.gathered(value)[0]
 
     def gathered(self, value) -> list:
         """What each process has. Plain values."""
@@ -509,7 +509,8 @@ def names_of_this_start(store: dist.Store, rank: int, world: int, patience: int)
         store.set(f"asked by {rank}", name)
         name = store.get(f"answer to {name}").decode()
         store.set(f"{name} is known to {rank}", "")
-    left = list(range(1, world)) if rank == 0 else []
+        return dist.PrefixStore(name, store)
+    left = range(1, world)
     while left := [other for other in left if not store.check([f"{name} is known to {other}"])]:
         for other in left:
             if store.check([f"asked by {other}"]):
@@ -575,18 +576,18 @@ class Shard(NamedTuple):
     tokens: int
     vocabulary: int
     separator: int
-    stamp: tuple | None = None  # of the file as it was checked
+    stamp: tuple  # of the file as it was checked
 
 
 def damaged(path: str | Path, problem: str) -> Refusal:
-    return Refusal(f"{path} {problem}; fetch or write it again: rm {shlex.quote(str(path))} && "
+    return Refusal(f"{path} {problem}; fetch or write it again: rm -f {shlex.quote(str(path))} && "
                    f"{shard_command(path)}")
 
 
 def file_stamp(path: str | Path) -> tuple:
     """Changes when a file is replaced or written to. Raises OSError."""
     status = os.stat(path)
-    return status.st_size, status.st_mtime_ns, status.st_ino
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns  # no inode: some network disks make it up anew
 
 
 def open_shard(path: str | Path) -> Shard:
@@ -632,7 +633,7 @@ def read_tokens(shard: Shard, start: int, count: int) -> np.ndarray:
         raise Refusal(f"{shard.path} has {shard.tokens} tokens; {count} from {start} on are not among them")
     try:
         tokens = np.fromfile(shard.path, "<u2", count, offset=4 * HEADER_WORDS + 2 * start)
-        changed = shard.stamp not in (None, file_stamp(shard.path))
+        changed = shard.stamp != file_stamp(shard.path)
     except OSError as error:
         raise damaged(shard.path, f"can no longer be read: {error.strerror}") from None
     if len(tokens) < count:
@@ -668,10 +669,11 @@ class TokenStream:
                          for at in range(0, s.tokens, chunk)) for s in self.shards]
         self.opens_document = [i == 0 or whole[i] or whole[i - 1] for i in range(len(whole))]
 
+    @functools.cached_property
     def fingerprint(self) -> dict[str, list[int]]:
-        """By the name of each shard, its tokens and a checksum of the first 65,536: to know them again."""
-        return {f"{index}: {Path(shard.path).name}":
-                [shard.tokens, zlib.crc32(read_tokens(shard, 0, min(shard.tokens, 65_536)))]
+        """By the name of each shard, what its header says and a checksum of 65,536 tokens: to know them again."""
+        return {f"{index}: {Path(shard.path).name}": [
+                    *shard[1:4], zlib.crc32(read_tokens(shard, 0, min(shard.tokens, 65_536)))]
                 for index, shard in enumerate(self.shards)}
 
     def place(self, position: int) -> tuple[int, Shard, int]:
@@ -754,7 +756,7 @@ def step_rows(stream: TokenStream, config: Config, first: int = 0,
     """Yield the rows of step `first`, each with the position where it begins, and the cursor after them; then those of
     the next step, and so on. Rows follow each other. Shuffled, all rows of the stream are dealt out, then again."""
     (position, deals, left), size = cursor, value_at(config.row_tokens, stage_of(max(0, first - 1), config))
-    dealt = shuffled_rows(stream, config, size, deals - 1)[:left] if left else []
+    dealt = shuffled_rows(stream, config, size, deals - 1)[:left] if left and config.shuffle else []
     for step in range(first, config.steps):
         stage, rows = stage_of(step, config), []
         if value_at(config.row_tokens, stage) != size:
@@ -1013,7 +1015,7 @@ class Block(nn.Module):
 
     def attend(self, x: Tensor, shared: Shared, mask, first_value, embedded) -> tuple[Tensor, Tensor]:
         """What attention adds to the stream, and this layer's own values."""
-        rows, tokens, width = x.shape
+        rows, tokens, _ = x.shape
         into, out = self.attention.to(x.dtype).split((3, 1))
         if self.into is not None:  # on the weights, where it costs least (#47, #48)
             into, out = self.into * into, self.out * out
@@ -1637,7 +1639,7 @@ def warm_up(model: GPT, groups: dict[str, Group], processes: Processes, batch_of
 # Files of tensors are written under a temporary name, flushed to the disk, then renamed: what has its name is whole.
 
 
-class RunLog:
+class RunLog(contextlib.AbstractContextManager):
     """What a run leaves behind, written by process 0 only; on the other processes every method does nothing. Used as a
     context: what ends the run is the last line of its log."""
 
@@ -1653,16 +1655,20 @@ class RunLog:
         if resumed is not None:
             self.saved = Path(resumed["path"])
             records = records_until(self.saved.with_name("metrics.jsonl"), resumed["step"])
-            if checkpoints(self.saved.parent)[-1:] == [self.saved] and not self.saved.with_name("model.pt").exists():
+            if (checkpoints(self.saved.parent)[-1:] == [self.saved] and not self.saved.with_name("model.pt").exists()
+                    and os.access(self.saved.parent, os.W_OK)):
                 folder = self.saved.parent
         try:
             folder.mkdir(parents=True, exist_ok=resumed is not None)
             log = folder / "log.txt"
             has_source = log.exists() and log.read_bytes().startswith(source.encode())
-            self.text = open(log, "a", buffering=1, encoding="utf-8", errors="backslashreplace", newline="\n")
-            with contextlib.suppress(ImportError):  # as on Windows
+            self.text = open(log, "a", buffering=1, encoding="utf-8", newline="\n")
+            try:
                 import fcntl
                 fcntl.flock(self.text, fcntl.LOCK_EX | fcntl.LOCK_NB)  # till this process ends, however it does
+            except (ImportError, OSError) as error:  # Windows, or a shared disk, may have no locks
+                if isinstance(error, BlockingIOError):
+                    raise
             for partial in folder.glob("*.partial"):  # of a run that was killed while writing
                 partial.unlink()
             with written_whole(folder / "metrics.jsonl") as file:
@@ -1680,15 +1686,15 @@ class RunLog:
             done = resumed["step"] if resumed else 0
             self.bar = tqdm(total=config.steps, initial=done, unit="step", dynamic_ncols=True)
 
-    def __enter__(self) -> "RunLog":
-        return self
-
     def __exit__(self, _kind, error: BaseException | None, _trace) -> None:
         """Say in the log what ended the run. Stops by signal have said so themselves."""
         if error is not None and not (isinstance(error, SystemExit) and isinstance(error.code, int)):
             reason = plain_words(error) or f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            way_back = "" if "--resume" in reason else self.way_back()
             with contextlib.suppress(Refusal):
-                self.line(f"ended: {reason}{'' if '--resume' in reason else self.way_back()}", show=False)
+                self.line(f"ended: {reason}{way_back}", show=False)
+            if way_back and self.saved is not None:  # on the screen the reason follows
+                print(way_back.removeprefix("; "), flush=True)
         self.close()
 
     def way_back(self) -> str:
@@ -1696,7 +1702,9 @@ class RunLog:
         if self.folder is None:
             return ""
         if self.saved is None:
-            return "; there is no checkpoint (--save-every N makes them)"
+            return "; there is no checkpoint" + (" yet" if self.config.save_every else " (--save-every N makes them)")
+        if command := os.environ.get("STARTED_BY"):  # run.sh
+            return f"; go on with: {command} --resume {shlex.quote(str(self.saved.absolute()))}"
         script = sys.argv[0] if Path(sys.argv[0]).name == Path(__file__).name else Path(__file__).name
         resume = shlex.join([script, "--resume", str(self.saved)])
         processes = self.processes.world
@@ -1836,7 +1844,7 @@ def save_model(path: Path, model: GPT, stream: TokenStream, step: int, val_loss:
     be written."""
     saved = {"config": dataclasses.asdict(model.config), "vocabulary": stream.vocabulary,
              "separator": stream.separator, "dtype": str(model.embedding.dtype).removeprefix("torch."),
-             "step": step, "val_loss": val_loss, **more,
+             "shards": stream.fingerprint, "step": step, "val_loss": val_loss, **more,
              "weights": {name: tensor.to("cpu", copy=True) for name, tensor in model.state_dict().items()}}
     try:
         with written_whole(path) as file:
@@ -1860,8 +1868,7 @@ def save_checkpoint(log: RunLog, model: GPT, groups: dict[str, Group], stream: T
                 state[f"{group.name}.{number}"] = whole.to("cpu", copy=True)
     if log.folder is not None:
         path = log.folder / f"checkpoint_{step:07}.pt"
-        save_model(path, model, stream, step, loss, state=state, shards=stream.fingerprint(),
-                   random_state=torch.get_rng_state(), **more)
+        save_model(path, model, stream, step, loss, state=state, random_state=torch.get_rng_state(), **more)
         log.saved = path
         for older in checkpoints(log.folder)[:-model.config.keep]:
             older.unlink(missing_ok=True)
@@ -1875,8 +1882,8 @@ def checkpoints(folder: Path) -> list[Path]:
 
 # What files hold beside their tensors, by kind: every one, and those that a run can go on from.
 SAVED = {"config": dict, "weights": dict, "step": int, "vocabulary": int, "separator": int, "dtype": str,
-         "val_loss": float}
-TO_GO_ON = {"state": dict, "cursor": tuple, "seconds": float, "validated": int, "shards": dict, "random_state": Tensor}
+         "val_loss": float, "shards": dict}
+TO_GO_ON = {"state": dict, "cursor": tuple, "seconds": float, "validated": int, "random_state": Tensor}
 
 
 def unusable(path: str | Path, error: Exception) -> Refusal:
@@ -1922,10 +1929,7 @@ def config_of(saved: dict, path: str | Path) -> Config:
                       f"{'missing' if name in options else 'unknown here'}; use that version, with which its log.txt "
                       "begins")
     for name, value in saved["config"].items():
-        kind = options[name].type
-        is_plain = type(value) is (get_origin(kind) or kind) and all(
-            type(part) is get_args(kind)[0] for part in (value if get_origin(kind) else ()))
-        if not is_plain or parse_value(spelled_flag(name), spelled(value, exact=True), options[name]) != value:
+        if repr(parse_value(spelled_flag(name), spelled(value, exact=True), options[name])) != repr(value):
             raise Refusal(f"{path} holds {name} = {value!r}, which is no {options[name].metadata['unit']}; use another "
                           "checkpoint")
     config = Config(**saved["config"])
@@ -1952,11 +1956,8 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[GP
     saved = read_saved(path)
     config = config_of(saved, path)
     check_shapes(saved, config, path)
-    try:
-        model = GPT(config, saved["vocabulary"], getattr(torch, saved["dtype"]))
-        model.load_state_dict(saved["weights"])
-    except Exception as error:
-        raise unusable(path, error) from None
+    model = GPT(config, saved["vocabulary"], getattr(torch, saved["dtype"]))
+    model.load_state_dict(saved["weights"])
     model.tied = saved["step"] - 1 <= last_tied_step(config)
     model.enter_stage(stage_of(saved["step"], config))
     return model.to(device), saved
@@ -1964,6 +1965,9 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[GP
 
 def find_checkpoint(place: str | Path, whole: bool = True) -> tuple[Path, dict]:
     """A checkpoint by its path, or the newest of a run folder that is not damaged. Raises Refusal."""
+    if not Path(place).exists():
+        newest = "".join(f"; the newest beside it is {path}" for path in checkpoints(Path(place).parent)[-1:])
+        raise Refusal(f"{place} does not exist; expected a checkpoint, a run folder, auto or none{newest}")
     paths = [Path(place)] if not Path(place).is_dir() else checkpoints(Path(place))[::-1]
     refusal = Refusal(f"{place} holds no checkpoint_*.pt; expected a run folder with one (--save-every N makes them)")
     for path in paths:
@@ -1983,49 +1987,58 @@ def find_checkpoint(place: str | Path, whole: bool = True) -> tuple[Path, dict]:
                                  f"{saved['seconds']}, its loss as {saved['val_loss']}")
             torch.Generator().set_state(saved["random_state"])
             return path, saved
-        except Refusal as error:
-            refusal = error
-        except Exception as error:
-            refusal = unusable(path, error)
+        except (Refusal, Exception) as error:
+            refusal = error if isinstance(error, Refusal) else unusable(path, error)
     raise refusal
 
 
 # What two runs may differ in and still be the same one to --resume auto.
-INCIDENTAL = ("out", "save_every", "keep", "resume", "patience", "micro_tokens", "recompute", "device", "compile")
+INCIDENTAL = ("out", "save_every", "keep", "resume", "patience", "micro_tokens", "recompute", "loss_chunk", "device",
+              "compile")
 
 
-def newest_of_this_run(config: Config) -> tuple[Path, dict] | None:
-    """The newest checkpoint of an unfinished run with these settings below --out, if there is one."""
+def newest_of_this_run(config: Config, stream: TokenStream) -> tuple[Path, dict] | None:
+    """The newest checkpoint of the newest run with these settings below --out, if there is one; where that run is
+    finished, on the same shards, its model."""
     for folder in sorted(Path(config.out).glob("*/"), reverse=True):
-        if checkpoints(folder) and not (folder / "model.pt").exists():
-            with contextlib.suppress(Refusal):
-                path, saved = find_checkpoint(folder)
-                theirs = dataclasses.asdict(config_of(saved, path))
-                ours = dataclasses.asdict(config)
-                if all(theirs[name] == ours[name] for name in ours if name not in INCIDENTAL):
-                    return path, saved
+        with contextlib.suppress(Refusal):
+            path = folder / "model.pt"
+            is_finished = path.exists()
+            path, saved = (path, read_saved(path)) if is_finished else find_checkpoint(folder, whole=False)
+            theirs = config_of(saved, path)
+            is_same = all(getattr(theirs, f.name) == getattr(config, f.name) for f in fields(Config)
+                          if f.name not in INCIDENTAL)
+            if is_same and not (is_finished and saved["shards"] != stream.fingerprint):
+                return (path, saved) if is_finished else find_checkpoint(folder)
     return None
 
 
 def open_checkpoint(config: Config, stream: TokenStream, processes: Processes) -> tuple[dict | None, dict | None]:
     """What --resume names: its plain values on every process, and all of it on process 0, which alone reads the file.
-    Raises Refusal."""
+    Of a run that is finished, only its path. Raises Refusal."""
     found, plain = None, None
     if processes.rank == 0 and config.resume != "none":
-        found = newest_of_this_run(config) if config.resume == "auto" else find_checkpoint(config.resume)
-    if found is not None:
+        found = newest_of_this_run(config, stream) if config.resume == "auto" else find_checkpoint(config.resume)
+    if found is not None and "state" not in found[1]:
+        plain = {"finished": str(found[0])}
+    elif found is not None:
         path, saved = found
-        if difference := first_difference(stream.fingerprint(), saved["shards"]):
+        if difference := first_difference(stream.fingerprint, saved["shards"]):
             name, found_here, expected = difference
-            raise Refusal(f"{path} was trained on other shards: {name} has (tokens, checksum) {found_here}, expected "
-                          f"{expected}; name those with --train-files")
+            raise Refusal(f"{path} was trained on other shards: {name} has (tokens, vocabulary, separator, checksum) "
+                          f"{found_here}, expected {expected}; name those with --train-files")
         if saved["step"] >= config.steps:
             raise Refusal(f"{path} is after step {saved['step']} of --steps {config.steps}; the nearest is --steps "
                           f"{saved['step'] + 1}")
-        if (saved["vocabulary"], saved["separator"]) != (stream.vocabulary, stream.separator):
-            raise Refusal(f"{path} has (vocabulary, separator) {saved['vocabulary'], saved['separator']}, the shards "
-                          f"{stream.vocabulary, stream.separator}; name those it was trained on with --train-files")
-        check_shapes(saved, config_of(saved, path), path)
+        theirs = config_of(saved, path)
+        check_shapes(saved, theirs, path)
+        try:
+            check_shapes(saved, config, path)
+        except Refusal:
+            changed = [spelled_flag(f.name) for f in fields(Config)
+                       if f.name not in INCIDENTAL and getattr(theirs, f.name) != getattr(config, f.name)]
+            raise Refusal(f"{path} has weights of another shape than this run; leave out what changes them of "
+                          f"{', '.join(changed)}") from None
         plain = {name: value for name, value in saved.items() if name not in ("weights", "state")} | {"path": str(path)}
     return processes.told(plain), found and found[1]
 
@@ -2116,17 +2129,22 @@ def can_compile(config: Config, processes: Processes, dtype: torch.dtype, log: R
 
 @contextlib.contextmanager
 def noted_signals() -> Iterator[list[int]]:
-    """A list that receives the number of the first SIGTERM or SIGINT, for the run to act on when a step is done. The
-    next one ends the process at once."""
-    received: list[int] = []
+    """A list that receives the number of the first SIGTERM or SIGINT, for the run to act on when a step is done. One
+    more ends the process at once; but within a second under torchrun it is the same one, sent by torchrun as well."""
+    received, began, echo = [], 0.0, 1.0 if "TORCHELASTIC_RUN_ID" in os.environ else 0.0
 
     def note(number: int, _frame) -> None:
-        received.append(number)
-        for each in before:
-            signal.signal(each, signal.SIG_DFL)
-        if os.environ.get("RANK", "0") == "0":  # not print: this may come in the middle of one
-            name = signal.Signals(number).name
-            os.write(2, f"{name}: finishing the step and saving; once more ends at once\n".encode())
+        nonlocal began
+        if received and time.monotonic() >= began + echo:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        if not received:
+            received.append(number)
+            began = time.monotonic()
+            if os.environ.get("RANK", "0") == "0":  # not print: this may come in the middle of one
+                text = f"{signal.Signals(number).name}: finishing the step and saving; once more ends at once\n"
+                with contextlib.suppress(OSError):  # nobody reads any more, as Ctrl-C ends `2>&1 | tee` too
+                    os.write(2, text.encode())
 
     before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
@@ -2205,10 +2223,10 @@ def training_loop(model: GPT, groups: dict[str, Group], streams: tuple, processe
     def read_reports(left: int) -> None:
         nonlocal stop
         while len(underway) > left:
-            step, batch, reports, copied = underway.popleft()
+            step, batch, reports, there = underway.popleft()
             deadline = time.monotonic() + config.patience
-            while copied is not None and not copied.query():
-                if time.monotonic() > deadline:  # not copied.synchronize(), from which NCCL would abort without a word
+            while there is not None and not there.query():
+                if time.monotonic() > deadline:  # not there.synchronize(), from which NCCL would abort without a word
                     raise Refusal(f"step {step + 1} has not ended within --patience {config.patience} s: another "
                                   f"process has ended or hangs{log.way_back()}")
                 time.sleep(0.0005)
@@ -2221,18 +2239,15 @@ def training_loop(model: GPT, groups: dict[str, Group], streams: tuple, processe
             log.measured(step + 1, clock.now(), train_loss=float(losses.sum()))
             stop = stop or int(signals.max())
 
-    def judge(step: int) -> float:
-        loss = validate(model, val_stream, val_tokens, step, processes)
-        if not math.isfinite(loss):
-            raise not_finite(f"the validation loss after {step} steps is not finite", bad_parameters(model))
-        log.measured(step, clock.now(), val_loss=loss, peak_memory_mib=round(peak_memory(processes.device), 1))
+    def judged(step: int, tokens: int) -> float:
+        loss, found = validate(model, val_stream, tokens, step, processes), bad_parameters(model)
+        if found or not math.isfinite(loss):
+            raise not_finite(f"after {step} steps the validation loss is {loss:.4f}", found or "no weight is bad")
         return loss
 
     def keep(step: int) -> None:
         few = processes.world * max(config.val_row_tokens, config.micro_tokens or 1024)  # a pass on each process
-        loss = val_loss if step == validated else validate(model, val_stream, min(few, val_tokens), step, processes)
-        if not math.isfinite(loss) or bad_parameters(model):
-            raise not_finite(f"after {step} steps the loss is {loss} or a weight not finite", bad_parameters(model))
+        loss = val_loss if step == validated else judged(step, min(few, val_tokens))
         save_checkpoint(log, model, groups, stream, processes, step, loss, seconds=clock.now(), validated=validated,
                         cursor=tuple(following))
 
@@ -2248,7 +2263,9 @@ def training_loop(model: GPT, groups: dict[str, Group], streams: tuple, processe
                 clock.stop()
                 ending = settled and stop > 0
                 if validating and not ending:
-                    val_loss, validated = judge(step), step
+                    val_loss, validated = judged(step, val_tokens), step
+                    log.measured(step, clock.now(), val_loss=val_loss,
+                                 peak_memory_mib=round(peak_memory(processes.device), 1))
                 if saving or ending:
                     keep(step)
                 if ending:
@@ -2261,9 +2278,8 @@ def training_loop(model: GPT, groups: dict[str, Group], streams: tuple, processe
                 clock.start()
             batch = next(batches)
             following = batch.following
-            reports = train_step(model, groups, batch, step, max(received, default=0))
-            copied = reports.to("cpu", non_blocking=True)
-            underway.append((step, batch, copied, torch.cuda.current_stream().record_event() if on_gpu else None))
+            reports = train_step(model, groups, batch, step, max(received, default=0)).to("cpu", non_blocking=True)
+            underway.append((step, batch, reports, torch.cuda.current_stream().record_event() if on_gpu else None))
             read_reports(int(on_gpu))
         if log.folder is not None:
             save_model(log.folder / "model.pt", model, stream, config.steps, val_loss)
@@ -2303,13 +2319,17 @@ def train(config: Config, processes: Processes) -> Path | None:
         "triton": importlib.util.find_spec("triton") is not None, "records": MEMORY_TOOL.exists()},
         "start all with the same files, software and options")
     stream, val_stream, val_tokens = streams = open_data(config)
-    processes.must_agree("shard", stream.fingerprint() | val_stream.fingerprint(), "give all machines the same shards")
+    processes.must_agree("shard", stream.fingerprint | val_stream.fingerprint, "give all machines the same shards")
     resumed, saved = open_checkpoint(config, stream, processes)
+    if resumed is not None and "finished" in resumed:  # so that a job which is repeated until it is done ends
+        if processes.rank == 0:
+            print(f"this run is finished, all of it in {Path(resumed['finished']).parent}; --resume none starts anew")
+        return Path(resumed["finished"]).parent if processes.rank == 0 else None
     with RunLog(config, processes, resumed) as log:
         log.line(environment(processes), show=False)
         config = fitted(config, stream.vocabulary, dtype, processes, log)
         log.line(json.dumps(dataclasses.asdict(config)), show=False)
-        log.line(f"shards {json.dumps({'train': stream.fingerprint(), 'val': val_stream.fingerprint()})}", show=False)
+        log.line(f"shards {json.dumps({'train': stream.fingerprint, 'val': val_stream.fingerprint})}", show=False)
         model = GPT(config, stream.vocabulary, dtype).to(processes.device)
         model.float8 = use_float8
         groups = optimizer_groups(model, config, dtype, processes)
@@ -2320,14 +2340,14 @@ def train(config: Config, processes: Processes) -> Path | None:
         if val_tokens < config.val_tokens:
             log.line(f"notice: validating on all {val_tokens:,} targets of {config.val_files}, fewer than --val-tokens "
                      f"{config.val_tokens}")
-        if can_compile(config, processes, dtype, log):
-            compile_everything(model, groups, streams, processes, log)
-        if resumed is not None:
+        if resumed is not None:  # before minutes of compiling, which puts every number back
             restore(saved, resumed["step"], model, groups, processes)
             log.line(f"resumed after step {resumed['step']} from {resumed['path']}")
             saved = None
         elif config.resume == "auto":
             log.line(f"no checkpoint of this run in {config.out}: starting from the beginning")
+        if can_compile(config, processes, dtype, log):
+            compile_everything(model, groups, streams, processes, log)
         training_loop(model, groups, streams, processes, log, resumed)
     return log.folder
 
@@ -2339,7 +2359,7 @@ def plain_words(error: BaseException) -> str | None:
         return str(error.code)
     if isinstance(error, KeyboardInterrupt):
         return "interrupted before the first step: there was nothing to save"
-    if isinstance(error, torch.OutOfMemoryError):
+    if isinstance(error, torch.OutOfMemoryError) or "CUDA error: out of memory" in text:
         return ("the GPU has too little memory; the same training needs less of it with --recompute true "
                 "--loss-chunk 2048")
     if isinstance(error, MemoryError) or isinstance(error, RuntimeError) and re.search(
@@ -2347,8 +2367,9 @@ def plain_words(error: BaseException) -> str | None:
         return f"the machine has too little memory ({text[:160]}); take a smaller --width, --layers or --val-row-tokens"
     lost = "gloo|monitoredBarrier|NCCL|pair closure"  # the last is gloo's word for a time-out
     if isinstance(error, dist.DistError) or isinstance(error, RuntimeError) and re.search(lost, str(error)):
+        said = re.sub(r" in \d+ ms", "", text.split("Last error: ")[-1].split(" Original exception")[0].split(". ")[0])
         return (f"the connection to another process is lost: it has ended, or kept silent for longer than --patience "
-                f"({text[:160]}); what it said itself stands above or in its machine's output")
+                f"({said[:160]}); what it said itself stands above or in its machine's output")
     return None
 
 

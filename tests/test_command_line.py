@@ -118,7 +118,7 @@ def test_an_unknown_option_names_the_nearest():
     assert "nearest is --layers " in refused_option("--layer", "3")
     assert "nearest is --micro-tokens " in refused_option("--micro_token=8")
     assert "nearest is --paired-layers " in refused_option("--paired-layer", "0")
-    assert "unknown option steps" in refused_option("steps", "8")
+    assert "steps is no option: options begin with --" in refused_option("steps", "8")
     assert "unknown option -steps" in refused_option("-steps", "8")
     assert "unknown option --" in refused_option("--", "8")
     assert "unknown option " in refused_option("")
@@ -366,7 +366,7 @@ def test_a_header_that_lies(refused_run, tmp_path, part, overrides, expected):
     claims = {"vocabulary": 257, "separator": 256, **overrides}
     path = write_shard(tmp_path / "bad.bin", random_documents(5000), **claims)
     line = refused_run(**{part: path})
-    assert expected in line and str(path) in line and f"rm {path} && python data/text.py" in line
+    assert expected in line and str(path) in line and f"rm -f {path} && python data/text.py" in line
 
 
 @pytest.mark.parametrize("size, expected", [(0, "0 bytes"), (1000, "1000 bytes"), (1024 + 9999, "truncated"),

@@ -360,6 +360,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_by_the_next_step(corpus, tmp_pa
 
 def test_the_processes_with_the_bad_loss_are_named(corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(train_gpt2, "train_step", lambda *_: torch.tensor([[1.0, 0], [math.nan, 0], [1.0, 0], [math.inf, 0]]))
+    monkeypatch.setattr(train_gpt2.Processes, "told", lambda _, value: value)
     monkeypatch.setattr(train_gpt2.Processes, "gathered", lambda _, value: [value] if isinstance(value, dict) else
                         ["", "first bad tensor: x", "", ""])
     line = failed_run(corpus, tmp_path)[0]
@@ -375,7 +376,7 @@ def test_huge_learning_rates_stop_the_run(corpus, tmp_path):
 def test_a_validation_loss_that_is_not_finite_stops_the_run(corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(train_gpt2, "validate", lambda model, stream, tokens, step, processes:
                         math.nan if step == 8 else 1.0)
-    assert "validation loss after 8 steps is not finite" in failed_run(corpus, tmp_path)[0]
+    assert "after 8 steps the validation loss is nan" in failed_run(corpus, tmp_path)[0]
 
 
 def test_a_shard_cut_during_the_run_ends_it(corpus, tmp_path, monkeypatch):
