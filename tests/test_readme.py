@@ -22,6 +22,7 @@ COMMANDS = {
     "./run.sh": SHORT,
     "./run.sh --steps 100": NEEDS_GPU,  # the same path as above here
     "./run.sh test": "runs these tests",
+    "./run.sh --resume logs/RUN": "see test_run_sh_goes_on_with_a_run",
     "./run.sh test -m slow tests": "runs these tests",
     "./run.sh test -m slow tests/test_hosts.py": "runs these tests",
     "torchrun --nnodes=2 --nproc_per_node=8 --rdzv-backend=c10d --rdzv-endpoint=FIRST:29400 --rdzv-id=run1 "
@@ -161,6 +162,20 @@ def test_run_sh_says_what_it_does_and_passes_arguments_on(copy):
 def test_other_ways_to_call_run_sh(copy, arguments, status, expected):
     done = call(f"{copy}/run.sh {arguments}", copy)
     assert done.returncode == status and expected in done.stdout + done.stderr
+
+
+def test_run_sh_goes_on_with_a_run(copy, tmp_path):
+    """From another folder, with the options of the run itself."""
+    short = f"{SHORT} --out {tmp_path}/logs --save-every 1"
+    done = call(f"{copy}/run.sh {short} --preset tiny --seed 3", tmp_path)
+    assert done.returncode == 0, done.stderr
+    checkpoint, = (tmp_path / "logs").glob("*/checkpoint_0000001.pt")
+    (checkpoint.parent / "model.pt").unlink()
+    run = checkpoint.parent.relative_to(tmp_path)
+    going_on = call(f"{copy}/run.sh --resume {run}", tmp_path)
+    assert going_on.returncode == 0, going_on.stderr
+    assert "resumed after step 1 from" in going_on.stdout and "a sample of what it learned" in going_on.stdout
+    assert (checkpoint.parent / "model.pt").exists()
 
 
 @pytest.mark.parametrize("spelling", ["--train-files {} --val_files {} --out {}",
