@@ -2004,8 +2004,8 @@ def newest_of_this_run(config: Config, stream: TokenStream) -> tuple[Path, dict]
         with contextlib.suppress(Refusal):
             path = folder / "model.pt"
             is_finished = path.exists()
-            path, saved = (path, read_saved(path)) if is_finished else find_checkpoint(folder, whole=False)
-            theirs = config_of(saved, path)
+            path, saved = (path, read_saved(path, False)) if is_finished else find_checkpoint(folder, False)
+            theirs = config_of(saved, path)  # which is compared before gigabytes are read through
             is_same = all(getattr(theirs, f.name) == getattr(config, f.name) for f in fields(Config)
                           if f.name not in INCIDENTAL)
             if is_same and not (is_finished and saved["shards"] != stream.fingerprint):

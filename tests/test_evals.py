@@ -45,7 +45,7 @@ def checkpoint(path, recipe: str = "tiny", step: int | None = None, dtype=torch.
     """Write a file as a run of this recipe leaves it after `step` steps, all parts of the model drawn at random."""
     model = small_model(tokens["vocabulary"], dtype, 0.3, **RECIPES[recipe], **changes)
     step = model.config.steps if step is None else step
-    train_gpt2.save_model(path, model, types.SimpleNamespace(**tokens), step, 1.25)
+    train_gpt2.save_model(path, model, types.SimpleNamespace(**tokens, fingerprint={}), step, 1.25)
     return path
 
 

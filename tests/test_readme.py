@@ -25,6 +25,7 @@ COMMANDS = {
     "./run.sh --resume logs/RUN": "see test_run_sh_goes_on_with_a_run",
     "./run.sh test -m slow tests": "runs these tests",
     "./run.sh test -m slow tests/test_hosts.py": "runs these tests",
+    "./run.sh test -m slow -s tests/test_checkpoint.py tests/test_hosts.py tests/test_fuzz.py": "runs these tests",
     "torchrun --nnodes=2 --nproc_per_node=8 --rdzv-backend=c10d --rdzv-endpoint=FIRST:29400 --rdzv-id=run1 "
     "--max-restarts=3 train_gpt2.py --save-every 100 --resume auto": "needs two machines",
     "./run.sh check": "",
