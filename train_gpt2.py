@@ -1526,7 +1526,7 @@ def apply_updates(groups: list[Group], step: int, unsound: Tensor | None = None)
         group.reduce()
     for group in groups:
         group.wait()
-        if unsound is not None:
+        if unsound is not None and (unsound.is_cuda or unsound):  # a CPU can look, for a GPU one would have to wait
             group.shard_gradient.masked_fill_(unsound, 0)
         group.update(step)
         group.gather()
