@@ -30,6 +30,7 @@ from tools import (
     metrics,
     run_folders,
     run_here,
+    runs_by_settings,
     start,
     torchrun,
     weights,
@@ -69,14 +70,7 @@ def corpus(tmp_path_factory):
 @pytest.fixture(scope="module")
 def unbroken(corpus, tmp_path_factory):
     """A function: the unbroken run of one process with these settings, its checkpoints kept."""
-    runs, out = {}, tmp_path_factory.mktemp("unbroken")
-
-    def run(settings: dict) -> Path:
-        key = json.dumps(settings)
-        if key not in runs:
-            runs[key] = run_here(corpus, base=settings, out=out / str(len(runs)))
-        return runs[key]
-    return run
+    return runs_by_settings(corpus, tmp_path_factory.mktemp("unbroken"))
 
 
 def checkpoint(run: Path, step: int) -> Path:
@@ -811,7 +805,8 @@ class Code:
 
 def test_what_is_no_checkpoint_is_refused(unbroken, tmp_path):
     run = unbroken(FIVE)
-    for place, words in ((tmp_path / "nowhere.pt", "does not exist"), (run / "checkpoint_0000099.pt", "newest beside it is"), (tmp_path, "no checkpoint_*.pt"),
+    for place, words in ((tmp_path / "nowhere.pt", "does not exist"), (tmp_path, "no checkpoint_*.pt"),
+                         (run / "checkpoint_0000099.pt", "newest beside it is"),
                          (run / "model.pt", "without its optimizer"), (run / "log.txt", "BadZipFile")):
         line = refused("--resume", place)
         assert str(place) in line and words in line and "checkpoint" in line
@@ -849,7 +844,8 @@ def test_other_shards_are_refused(unbroken, tmp_path):
     (lambda saved: saved["weights"].pop("head"), ["head"]),
     (lambda saved: saved["weights"].update(head=saved["weights"]["head"][:5]), ["head", "5"]),
     (lambda saved: saved.update(shards=None), ["shards"]),
-    (lambda saved: saved["shards"].popitem(), ["other shards", "text_train_000002.bin"])], ids=lambda value: str(value)[:20])
+    (lambda saved: saved["shards"].popitem(), ["other shards", "text_train_000002.bin"])],
+    ids=lambda value: str(value)[:20])
 def test_checkpoints_of_another_make_are_refused(unbroken, tmp_path, change, words):
     path = changed(checkpoint(unbroken(FIVE), 4), tmp_path / "checkpoint_0000004.pt", change)
     line = refused("--resume", path, "--out", tmp_path / "logs")

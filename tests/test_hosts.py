@@ -172,7 +172,8 @@ class Alone:
             status = self.processes[rank].wait(seconds)
         except subprocess.TimeoutExpired:
             Host(self.mark, (), "", "").kill()
-            raise AssertionError(f"still running after {seconds} s; it wrote:\n{self.files[rank].read_text()}") from None
+            raise AssertionError(f"still running after {seconds} s; it wrote:\n"
+                                 f"{self.files[rank].read_text()}") from None
         return status, time.time(), self.files[rank].read_text()
 
     def end(self) -> None:

@@ -17,7 +17,7 @@ from tools import (
     losses,
     metrics,
     run_folders,
-    run_here,
+    runs_by_settings,
     start,
     torchrun,
     weights,
@@ -46,14 +46,7 @@ def corpus(tmp_path_factory):
 @pytest.fixture(scope="module")
 def alone(corpus, tmp_path_factory):
     """A function: the run of one process with these settings."""
-    runs, out = {}, tmp_path_factory.mktemp("alone")
-
-    def run(settings: dict) -> Path:
-        key = json.dumps(settings)
-        if key not in runs:
-            runs[key] = run_here(corpus, base=settings, out=out / str(len(runs)))
-        return runs[key]
-    return run
+    return runs_by_settings(corpus, tmp_path_factory.mktemp("alone"))
 
 
 def run_together(corpus, alone, folder: Path, world: int, many: list[dict]) -> tuple[list[Path], dict]:

@@ -359,7 +359,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_by_the_next_step(corpus, tmp_pa
 
 
 def test_the_processes_with_the_bad_loss_are_named(corpus, tmp_path, monkeypatch):
-    monkeypatch.setattr(train_gpt2, "train_step", lambda *_: torch.tensor([[1.0, 0], [math.nan, 0], [1.0, 0], [math.inf, 0]]))
+    monkeypatch.setattr(train_gpt2, "train_step", lambda *_: torch.tensor(
+        [[1.0, 0], [math.nan, 0], [1.0, 0], [math.inf, 0]]))
     monkeypatch.setattr(train_gpt2.Processes, "told", lambda _, value: value)
     monkeypatch.setattr(train_gpt2.Processes, "gathered", lambda _, value: [value] if isinstance(value, dict) else
                         ["", "first bad tensor: x", "", ""])

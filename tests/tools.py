@@ -83,6 +83,18 @@ def run_here(folder: Path, **changes) -> Path:
     return new
 
 
+def runs_by_settings(folder: Path, out: Path):
+    """A function: the run of one process with these settings, made when it is first asked for and kept."""
+    runs = {}
+
+    def run(settings: dict) -> Path:
+        key = json.dumps(settings)
+        if key not in runs:
+            runs[key] = run_here(folder, base=settings, out=out / str(len(runs)))
+        return runs[key]
+    return run
+
+
 def metrics(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 

@@ -8,8 +8,8 @@ import time
 from pathlib import Path
 
 import torch
-import torch._dynamo  # before there is a process group: modules of it that come later hold that group, whose threads would
-                      # then outlive it, and one that drops a tensor while the interpreter ends aborts the process
+import torch._dynamo  # before there is a process group: modules of it that come later hold that group, and a thread of
+                      # the group that lives on and drops a tensor while the interpreter ends aborts the process
 
 import train_gpt2
 
