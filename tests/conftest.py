@@ -4,8 +4,19 @@ import os
 import sys
 from pathlib import Path
 
+import pytest
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: the models are small, more threads only slow them down
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+
+from tools import write_corpus  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """A folder of small shards, for the files that need no others."""
+    return write_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 def pytest_configure(config):

@@ -63,11 +63,6 @@ KILLED = {**SMALL, "tokens_per_step": 512, "steps": 12, "val_every": 5, "val_tok
 
 
 @pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    return write_corpus(tmp_path_factory.mktemp("corpus"))
-
-
-@pytest.fixture(scope="module")
 def unbroken(corpus, tmp_path_factory):
     """A function: the unbroken run of one process with these settings, its checkpoints kept."""
     return runs_by_settings(corpus, tmp_path_factory.mktemp("unbroken"))

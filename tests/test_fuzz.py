@@ -1,9 +1,9 @@
-"""Many thousands of bad inputs: shards, command lines, settings, checkpoints and what a stopped run has left behind. The
-answer to each is one clear line, or work that is right; never a traceback, and nothing damaged is taken for whole.
+"""Many thousands of bad inputs: shards, command lines, settings, checkpoints and what a stopped run has left behind.
+The answer to each is one clear line, or work that is right; never a traceback, and nothing damaged is taken for whole.
 
 Each kind is a strategy that makes cases and a judge that says whether the script took the case, after it has compared
-what came out with a plain account of its own. The short form runs always; `-m slow` tries many more cases and prints how
-many of each kind were taken and refused.
+what came out with a plain account of its own. The short form runs always; `-m slow` tries many more cases and prints
+how many of each kind were taken and refused.
 """
 
 import contextlib
@@ -222,11 +222,11 @@ def judge_changed(place: Place, case: tuple) -> bool:
 # ----------------------------------------------------------------------------------------------------------------------
 # Command lines.
 
-NASTY = ["", " ", "-", "--", "=", ",", ",,", "0", "-0", "-1", "1e400", "-1e400", "nan", "inf", "-inf", "1e308", "1e-400",
-         "5e-324", "9" * 30, "9" * 400, "9" * 5000, "0x10", "1_000", "1.0", "1.5", " 7 ", "07", "+3", "1,2", "1,2,3,4,5",
-         "1,,2", "1,nan", "none", "None", "auto", "true", "True", "false", "TRUE", "\x00", "a\x00b", "a\nb", "\r\n", "\t",
-         "\u2028", "\ud800", "é", "日本語", "١٢", "½", "💥", "--steps", "--help=1", "-h ", "gpt2", "tiny", "five-minute",
-         "cpu", "cuda", "float16", "../..", "/", "/dev/null", "~", "*", "[", "[!]", "$(x)", "'", '"', "%s%n", "{}",
+NASTY = ["", " ", "-", "--", "=", ",", ",,", "0", "-0", "-1", "1e400", "-1e400", "nan", "inf", "-inf", "1e308",
+         "1e-400", "5e-324", "9" * 30, "9" * 400, "9" * 5000, "0x10", "1_000", "1.0", "1.5", " 7 ", "07", "+3", "1,2",
+         "1,2,3,4,5", "1,,2", "1,nan", "none", "None", "auto", "true", "True", "false", "TRUE", "\x00", "a\x00b", "a\nb",
+         "\r\n", "\t", "\u2028", "\ud800", "é", "日本語", "١٢", "½", "💥", "--steps", "--help=1", "-h ", "gpt2", "tiny",
+         "five-minute", "cpu", "cuda", "float16", "../..", "/", "/dev/null", "~", "*", "[", "[!]", "$(x)", "'", '"', "%s%n", "{}",
          "x" * 3000, "2147483647", "2147483648", "9223372036854775807", "9223372036854775808", "128", "256", "1,1",
          "0.5", "1", "2", "3", "64"]
 

@@ -1,5 +1,5 @@
-"""Two machines do what one does: the same numbers, the same command on both, and an end that says why. The machines are
-network namespaces where those may be made (Linux, root, the `ip` command), else two torchruns on the loopback device."""
+"""Two machines do what one does: the same numbers, the same command on both, and an end that says why. The machines
+are network namespaces where those may be made (Linux, root, the `ip` command), else two torchruns on loopback."""
 
 import contextlib
 import json

@@ -21,7 +21,6 @@ from tools import (
     start,
     torchrun,
     weights,
-    write_corpus,
 )
 
 CPU = torch.device("cpu")
@@ -36,11 +35,6 @@ SIX_ROWS = {**EXACT, "shuffle": "false", "layers": 2, "tokens_per_step": 768, "s
 DROP = {**RECIPE, "dtype": "float64", "steps": 8, "tied_until": 0.5, "val_every": 3, "repeat": "true"}
 CONTINUE = {**DROP, "long_documents": "continue", "cross_document": "false", "micro_tokens": 400}
 MICRO_ROWS = [1, 3, 4]
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    return write_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 @pytest.fixture(scope="module")
