@@ -97,8 +97,11 @@ fi
 if [[ "$gpus" -gt 0 ]]; then
     [[ " $* " == *" --preset"* ]] || small=false
     if [[ "$small" == false && "$resumes" == false && " $* " != *" --train"[-_]"files"* ]]; then
-        say "fetching FineWeb where it is missing (validation and ten training shards, 2.2 GB)"
-        python data/fineweb.py 10
+        shards=10
+        [[ ! " $* " =~ \ --preset[\ =]gpt2-medium\  ]] || shards=31
+        [[ ! " $* " =~ \ --preset[\ =]gpt2-xl\  ]] || shards=100
+        say "fetching FineWeb where it is missing (validation and $shards training shards of 200 MB)"
+        python data/fineweb.py "$shards"
     fi
     if [[ "$small" == false ]]; then
         say "training on $gpus GPU(s)"

@@ -72,6 +72,7 @@ def setting(default, unit: str, reason: str, low: float = 0, high: float = math.
 
 
 Ints, Floats, ADAM = tuple[int, ...], tuple[float, ...], "rate,beta1,beta2,decay"
+MOST_STAGES = 16
 
 
 @dataclass(frozen=True)
@@ -86,9 +87,11 @@ class Config:
     shuffle: bool = setting(False, "true|false", "take rows from all over the shards, each once, not in their order")
     long_documents: str = setting("drop", "drop|continue", "what is cut off a document: dropped, or the next document")
     document_tokens: int = setting(2048, "tokens", "a document is cut at this length; 0: by the row's end only")
+    document_mask: bool = setting(True, "true|false", "attention stays within a document of the row")
     cross_document: bool = setting(True, "true|false", "smear, key offset and bigrams look back over document borders")
     # how much at a time
     steps: int = setting(1600, "updates", "length of the run; schedules stretch with it", 1)
+    stages: int = setting(3, "count", "equal parts of the schedule; the extension is one stage more", 1, MOST_STAGES)
     extension: float = setting(0.025, "of steps", "end of the run beyond the schedule, its rates at the floor", 0, 0.9)
     tokens_per_step: Ints = setting((131_072, 262_144, 393_216), "tokens, by stage", "batch of one update in all", 1)
     row_tokens: Ints = setting((16_384, 32_768, 49_152), "tokens, by stage", "what attention sees at once", 1, 2**24)
@@ -114,25 +117,29 @@ class Config:
     attention_scale: float = setting(0.1, "-", "softmax scale in the first stage; 0: 1 / sqrt(head width)", 0, 1000)
     rotary_base: float = setting(1024 ** (32 / 31), "-", "slowest rotary wavelength / 2 pi, about", 1)
     rotary_share: float = setting(0.5, "of channels", "turned by position; the others match by content alone", 0, 1)
-    yarn: bool = setting(True, "true|false", "stretch rotary wavelengths and sharpen the softmax as windows grow")
+    yarn: int = setting(3, "stages", "first ones in which wavelengths and softmax follow the window; 0: none")
     key_offset: bool = setting(True, "true|false", "long-window keys: the still channels come from the token before")
-    attention_gates: bool = setting(True, "true|false", "each head can close itself, seeing 12 channels")
+    attention_gates: bool = setting(True, "true|false", "each head can close itself")
+    gate_channels: int = setting(12, "channels", "of the stream that a gate sees; all, where there are fewer", 1)
     attention_mix: bool = setting(True, "true|false", "learned scalars on attention's input and output matrices")
     value_layers: Ints = setting((0, 1, 8, 9, 10), "layers", "layers that add an embedding of the token to values")
     value_tables: int = setting(3, "count", "tables of these embeddings, taken in turn", 1)
-    value_gates: bool = setting(True, "true|false", "each head weighs its value embedding, seeing 12 channels")
+    value_gates: bool = setting(True, "true|false", "each head weighs its value embedding")
     value_residual: bool = setting(False, "true|false", "each layer mixes layer 0's values into its own")
     bigram: int = setting(5, "times vocabulary", "rows of a hashed table of token pairs on the stream; 0: off", 0, 1000)
+    second_embedding: bool = setting(False, "true|false", "each block mixes in another embedding of the token as well")
+    embedding_norm: bool = setting(True, "true|false", "normalise the embedding before the first block")
     smear: bool = setting(True, "true|false", "each token's embedding takes up some of the one before")
     x0_shortcut: bool = setting(True, "true|false", "each block mixes the embedding back into the stream")
     residual_init: float = setting(1.1, "-", "first weight of the stream in that mixture", 0, 1000)
-    gated_skip: Ints = setting((3, 6), "layers", "a layer's output is added, gated, before a later one")
+    gated_skip: Ints = setting((3, 6), "layers", "pairs: the first one's output is added, gated, before the second")
     unet_skips: bool = setting(False, "true|false", "feed the first half's outputs to the second half, mirrored")
     backout: Ints = setting((7,), "layers", "layer whose output is in part subtracted before the head")
     rms_epsilon: float = setting(2.0**-23, "-", "added to the mean square before its root")
     softcap: Floats = setting((11.5, 15.0, 5.0), "height,range,shift", "height x tanh((logit + shift) / range); 0: off")
     predicted_tokens: int = setting(3, "count", "tokens predicted ahead in the first stage, later fewer", 1, 64)
     tied_until: float = setting(2 / 3, "of schedule", "embedding and head are one table till then; 0: never", 0, 1)
+    tied_init: float = setting(0.005, "-", "spread of the first embedding where it is the head as well", 0, 1000)
     attention_init: float = setting(1.0, "/ sqrt(width)", "spread of the first query, key and value weights", 0, 1000)
     mlp_init: float = setting(0.5, "/ sqrt(width)", "spread of the first up weights", 0, 1000)
     # the optimizers
@@ -144,12 +151,15 @@ class Config:
     orthogonaliser: str = setting("polar-express", "polar-express|newton-schulz|none", "Muon's iteration")
     normuon_beta2: float = setting(0.95, "-", "NorMuon: equalise rows by their running mean square; 0: off", 0, 0.9999)
     muon_decay: float = setting(1.2, "-", "cautious weight decay, times the rate twice; 0: none")
+    attention_step: float = setting(1.0, "-", "factor on the step of attention's matrices")
     down_scale: float = setting(4.0, "-", "factor on the step of the MLP's down matrices")
+    muon_gates: float = setting(0.0, "-", "Muon for the gates of attention, factor on their step; 0: Adam")
     split_precision: bool = setting(True, "true|false", "bfloat16 matrices, their 16 low bits beside the optimizer")
     adam_embedding: Floats = setting((0.008, 0.5, 0.95, 0.75), ADAM, "Adam, token embedding once it is untied")
     adam_head: Floats = setting((0.008, 0.5, 0.95, 0.75), ADAM, "Adam, output head, and embedding while tied")
     adam_tables: Floats = setting((0.6, 0.75, 0.95, 0.025), ADAM, "Adam, value embeddings and bigram table")
     adam_gates: Floats = setting((0.008, 0.9, 0.99, 0.005), ADAM, "Adam, gates")
+    gate_shares: Floats = setting((0.01, 0.05), "smear,skip", "their gates' part of the rate of gates; no decay")
     adam_x0: Floats = setting((0.04, 0.65, 0.95, 0.0), ADAM, "Adam, weights of the embedding in the stream")
     adam_scalars: Floats = setting((0.04, 0.9, 0.99, 0.0), ADAM, "Adam, the other mixing weights")
     adam_epsilon: float = setting(1e-10 / 16_384, "-", "added to the root of the bias-corrected squares")
@@ -171,23 +181,43 @@ class Config:
     resume: str = setting("none", "none, auto, path", "a checkpoint to go on from; auto: this run's newest, if any")
 
 
-PLAIN = {  # what neither of the other presets takes from the hundred-second recipe, at its neutral value
+PLAIN = {  # what the smaller presets do not take from the hundred-second recipe, at its neutral value
     "long_documents": "continue", "window_final": 0, "short_layers": (), "attention_free": (), "attention_scale": 0.0,
     "attention_gates": False, "attention_mix": False, "gated_skip": (), "softcap": (30.0, 30.0, 0.0),
     "predicted_tokens": 1, "tied_until": 0.0, "attention_init": 3**-0.5, "mlp_init": 3**-0.5, "down_scale": 1.0,
     "adam_every": 1, "rate_levels": (1.0,)}
+EARLY = PLAIN | {  # nor the runs of 2024, which had Muon, QK norm and little else of it
+    "document_tokens": 0, "extension": 0.0, "val_every": 125, "paired_layers": (), "rotary_base": 10_000.0,
+    "rotary_share": 1.0, "yarn": 0, "key_offset": False, "value_layers": (), "value_gates": False, "bigram": 0,
+    "smear": False, "residual_init": 1.0, "backout": (), "momentum_cooldown": 0.0, "orthogonaliser": "newton-schulz",
+    "normuon_beta2": 0.0, "muon_decay": 0.0, "split_precision": False, "adam_epsilon": 1e-8, "rate_floor": 0.0,
+    "head_dtype": "wide"}
 PRESETS = {
     "gpt2": {},
-    "five-minute": PLAIN | {  # every other technique of later records at its neutral value too; the rest is record 12
-        "document_tokens": 0, "steps": 1875, "extension": 0.0, "tokens_per_step": (524_288,), "row_tokens": (65_536,),
-        "val_every": 125, "val_row_tokens": 65_536, "layers": 12, "window": (1023,), "paired_layers": (),
-        "rotary_base": 10_000.0, "rotary_share": 1.0, "yarn": False, "key_offset": False, "value_layers": (),
-        "value_gates": False, "value_residual": True, "bigram": 0, "smear": False, "residual_init": 1.0,
-        "unet_skips": True, "backout": (), "rms_epsilon": 2.0**-7, "muon_lr": 0.04, "momentum_warmup": 500 / 1875,
-        "momentum_cooldown": 0.0, "orthogonaliser": "newton-schulz", "normuon_beta2": 0.0, "muon_decay": 0.0,
-        "split_precision": False, "adam_embedding": (0.6, 0.9, 0.95, 0.0), "adam_head": (0.008, 0.9, 0.95, 0.0),
-        "adam_x0": (0.04, 0.9, 0.95, 0.0), "adam_scalars": (0.04, 0.9, 0.95, 0.0), "adam_epsilon": 1e-8,
-        "cooldown": 562 / 1875, "rate_floor": 0.0, "head_dtype": "wide"},
+    "five-minute": EARLY | {  # record 12
+        "steps": 1875, "tokens_per_step": (524_288,), "row_tokens": (65_536,), "val_row_tokens": 65_536, "layers": 12,
+        "window": (1023,), "value_residual": True, "unet_skips": True, "rms_epsilon": 2.0**-7, "muon_lr": 0.04,
+        "momentum_warmup": 500 / 1875, "adam_embedding": (0.6, 0.9, 0.95, 0.0), "adam_head": (0.008, 0.9, 0.95, 0.0),
+        "adam_x0": (0.04, 0.9, 0.95, 0.0), "adam_scalars": (0.04, 0.9, 0.95, 0.0), "cooldown": 562 / 1875},
+    "gpt2-medium": {  # 2.92 in 17 minutes: record 18 of the medium track
+        "document_tokens": 4096, "steps": 4740, "stages": 12, "extension": 40 / 4740,
+        "tokens_per_step": (131_072, 262_144, 393_216, 524_288), "row_tokens": (16_384, 32_768, 49_152, 65_536),
+        "layers": 16, "heads": 8, "width": 1024, "window": (384, 896, 1408, 1664, 1920, 2176, 2432, 2688, 2944),
+        "window_short": (128, 384, 640, 768, 896, 1024, 1152, 1280, 1408), "window_final": 3456,
+        "short_layers": (1, 2, 3, 5, 6, 7, 8, 9, 10, 12, 13, 14), "paired_layers": (), "attention_free": (),
+        "gate_channels": 16, "value_layers": (0, 1, 2, 3, 4, 11, 12, 13, 14, 15), "value_tables": 5, "bigram": 0,
+        "second_embedding": True, "residual_init": 1.05, "gated_skip": (6, 9, 4, 10, 2, 11), "backout": (11,),
+        "tied_until": 1 / 6, "muon_lr": 0.015, "momentum_warmup": 300 / 4740, "momentum_cooldown": 50 / 4740,
+        "attention_step": 2.0, "muon_gates": 0.1, "split_precision": False, "adam_embedding": (0.004, 0.8, 0.95, 0.75),
+        "adam_head": (0.004, 0.8, 0.95, 0.75), "adam_tables": (0.3, 0.8, 0.95, 0.025),
+        "adam_gates": (0.004, 0.8, 0.95, 0.005), "gate_shares": (0.01, 0.01), "adam_x0": (0.02, 0.8, 0.95, 0.0),
+        "adam_epsilon": 1e-8 / 16_384, "cooldown": 0.7, "rate_levels": (1.0, 1.52, 1.73, 2.0), "head_dtype": "wide"},
+    "gpt2-xl": EARLY | {  # 1.5B parameters, as good as GPT-2 XL for $233: October 2024, a plain model
+        "document_mask": False, "steps": 20_344, "tokens_per_step": (491_520,), "row_tokens": (1024,),
+        "val_row_tokens": 1024, "layers": 52, "heads": 12, "width": 1536, "window": (1023,), "embedding_norm": False,
+        "x0_shortcut": False, "softcap": (0.0, 1.0, 0.0), "tied_until": 1.0, "tied_init": (3 * 1536) ** -0.5,
+        "muon_lr": 0.00018 * 1536**0.5, "muon_momentum_start": 0.95, "down_scale": 2.0,
+        "adam_head": (0.0018, 0.9, 0.95, 0.0), "cooldown": 5812 / 20_344},
     "tiny": PLAIN | {  # what of the recipe a run of minutes on a CPU has use for, at rates for such a run
         "train_files": "data/text/text_train_*.bin", "val_files": "data/text/text_val_*.bin", "shuffle": True,
         "steps": 640, "tokens_per_step": (1024,), "row_tokens": (128,), "val_every": 40, "val_tokens": 131_072,
@@ -263,7 +293,7 @@ def parse_value(flag: str, text: str, option: dataclasses.Field):
         return 0
     is_list = get_origin(option.type) is tuple
     kind = get_args(option.type)[0] if is_list else option.type
-    counts = (range(1, 5) if unit.endswith("by stage") else range(1000) if unit == "layers" else
+    counts = (range(1, MOST_STAGES + 2) if unit.endswith("by stage") else range(1000) if unit == "layers" else
               [len(option.default) if is_list else 1])
     try:
         values = tuple(map(kind, text.split(",") if not is_list or text != "none" else ()))
@@ -271,7 +301,7 @@ def parse_value(flag: str, text: str, option: dataclasses.Field):
     except (ValueError, OverflowError):
         valid = False
     if not valid:
-        count = f"{counts[0]} to {counts[-1]} " if len(counts) == 4 else f"{counts[0]} " if len(counts) == 1 else ""
+        count = "" if unit == "layers" else f"{counts[0]} to {counts[-1]} " if len(counts) > 1 else f"{counts[0]} "
         what = (f"a list of {count}" if is_list else "a ") + "whole " * (kind is int) + "number" + "s" * is_list
         bounds = f"from {low} to {high}" if high < math.inf else f"of at least {low}"
         raise Refusal(f"{flag} {text} is not {what} {bounds}{', joined by commas' * is_list}; "
@@ -285,6 +315,10 @@ def check_config(config: Config) -> None:
         raise Refusal(f"{spelled_flag(name)} {spelled(getattr(config, name))} {problem}; "
                       f"the nearest is {spelled_flag(name)} {spelled(better)}")
 
+    for f in fields(Config):
+        value = getattr(config, f.name)
+        if f.metadata["unit"].endswith("by stage") and len(value) > config.stages + 1:
+            refuse(f.name, f"is longer than --stages {config.stages} and the extension", value[:config.stages + 1])
     if config.paired_layers and config.heads % 2:
         refuse("heads", "cannot be paired (--paired-layers none does without)", config.heads + 1)
     divisible = {"row_tokens": ((MASK_BLOCK,), "mask blocks"), "val_row_tokens": ((MASK_BLOCK,), "mask blocks"),
@@ -303,8 +337,9 @@ def check_config(config: Config) -> None:
                    () if f.name == "gated_skip" else tuple(layer for layer in value if layer < config.layers))
         if f.metadata["unit"] == ADAM and max(value[1:3]) >= 1:
             refuse(f.name, "has a beta of 1 or more", f.default)
-    if config.gated_skip and (len(config.gated_skip) != 2 or config.gated_skip[0] >= config.gated_skip[1]):
-        refuse("gated_skip", "does not lead from one layer to a later one", ())
+    sources, takers = config.gated_skip[::2], config.gated_skip[1::2]
+    if len(sources) != len({*takers}) or any(a >= b for a, b in zip(sources, takers, strict=False)):
+        refuse("gated_skip", "does not lead in pairs from one layer to a later one, each such to another", ())
     if config.gated_skip and config.unet_skips:
         refuse("gated_skip", "does not go with --unet-skips true", ())
     if config.value_residual and 0 in config.attention_free:
@@ -314,7 +349,7 @@ def check_config(config: Config) -> None:
         refuse("backout", "is more than one layer", config.backout[:1])
     if config.softcap[0] and not config.softcap[1]:
         refuse("softcap", "has a range of 0", Config.softcap)
-    for stage in range(4 if config.short_layers else 0):
+    for stage in range(config.stages + 1 if config.short_layers else 0):
         if value_at(config.window_short, stage) > value_at(config.window, stage):
             refuse("window_short", f"exceeds --window {spelled(config.window)}", config.window)
 
@@ -346,13 +381,18 @@ def value_at(values: tuple | list, stage: int):
 
 
 def stage_borders(config: Config) -> list[int]:
-    """The steps where stages 1 and 2 begin, thirds of the schedule (#46), and where the extension, stage 3, does."""
+    """The steps where stages 1, 2, ... begin, equal parts of the schedule (#46), and the last, the extension."""
+    return [math.ceil(part) for part in stage_ends(config)]
+
+
+def stage_ends(config: Config) -> list[float]:
+    """In steps, where a stage may end within one."""
     scheduled = config.steps - round(config.extension * config.steps)
-    return [round(scheduled * part / 3) for part in (1, 2, 3)]
+    return [scheduled * part / config.stages for part in range(1, config.stages + 1)]
 
 
 def stage_of(step: int, config: Config) -> int:
-    """0 to 3; the validation after the last step belongs to the stage of that step."""
+    """From 0 on, `config.stages` in the extension; the validation after the last step belongs to that step's."""
     return sum(min(step, config.steps - 1) >= border for border in stage_borders(config))
 
 
@@ -365,9 +405,9 @@ def tokens_until(step: int, config: Config) -> int:
 
 def rate_schedule(step: int, config: Config) -> float:
     """Multiplier of all learning rates: a level by stage, then linear to the floor over the last `cooldown` of the
-    schedule. The level follows the batch one step late, as in the records (#46)."""
-    scheduled = stage_borders(config)[-1]
-    level = value_at(config.rate_levels, stage_of(step - 1, config))
+    schedule. A stage that begins with a step has its level from the one after on, as in the records (#46)."""
+    ends = stage_ends(config)
+    level, scheduled = value_at(config.rate_levels, sum(step > end for end in ends)), ends[-1]
     length = round(config.cooldown * scheduled)
     left = min(1.0, max(0, scheduled - step) / length) if length else 1.0
     return level * left + config.rate_floor * (1 - left)
@@ -389,10 +429,10 @@ def windows_at(step: int, config: Config) -> tuple[int, int]:
 def multi_token_weights(step: int, config: Config) -> list[float]:
     """Weights of the losses of the next token, the one after it, ...: 1, 1/2, 1/4. Each stage predicts one token less
     than the one before, and the last weight falls to zero in the course of it (#53)."""
-    stage, borders = stage_of(step, config), [0, *stage_borders(config)]
+    stage, ends = stage_of(step, config), stage_ends(config)
     weights = [0.5**ahead for ahead in range(max(1, config.predicted_tokens - stage))]
-    if len(weights) > 1 and stage < 3:
-        weights[-1] *= 1 - (step - borders[stage]) / (borders[stage + 1] - borders[stage])
+    if len(weights) > 1 and stage < config.stages:
+        weights[-1] *= (ends[stage] - step) / ends[0]
     return weights
 
 
@@ -400,7 +440,7 @@ def last_tied_step(config: Config) -> int:
     """The last step in which embedding and head are one table, always one where Adam updates it; -1: none (#53)."""
     if config.tied_until in (0, 1):
         return config.steps if config.tied_until else -1
-    last = math.ceil(round(config.tied_until * stage_borders(config)[-1], 6))
+    last = math.ceil(round(config.tied_until * stage_ends(config)[-1], 6))
     return last + (-last - 1) % config.adam_every
 
 
@@ -412,7 +452,7 @@ def yarn_schedule(stage: int, config: Config) -> tuple[Tensor, float]:
     turning = 2 * round(config.rotary_share * head_width / 2)
     frequency = config.rotary_base ** (-torch.arange(0, turning, 2, dtype=torch.float64) / max(1, turning))
     scale = config.attention_scale or head_width**-0.5
-    for before in range(stage if config.yarn else 0):
+    for before in range(min(stage, config.yarn)):
         old, new = value_at(config.window, before), value_at(config.window, before + 1)
         kept = ((old * frequency / (2 * math.pi) - 1) / 31).clamp(0, 1)
         frequency = frequency * (old / new + kept * (1 - old / new))
@@ -890,9 +930,6 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask | list[Spa
 # ----------------------------------------------------------------------------------------------------------------------
 # Model. In: a batch of rows and their masks. Out: the last hidden state (R, T, D), which the loss takes to logits.
 
-GATE_CHANNELS = 12  # of the stream or of its norm, that a gate looks at (all, where there are fewer)
-
-
 def rms_norm(x: Tensor, epsilon: float) -> Tensor:
     """x / sqrt(mean(x^2) + epsilon) over the last axis, without gain. The epsilon is explicit because torch's default
     for bf16 changed from 2^-7 to 2^-23 in January 2025, and the five-minute run had the former."""
@@ -900,7 +937,8 @@ def rms_norm(x: Tensor, epsilon: float) -> Tensor:
 
 
 def gate(x: Tensor, weight: Tensor) -> Tensor:
-    """(..., D) and (gates, 12) or (12,) -> (..., gates) or (...,), each in (0, 1): weights of zero give 1/2 (#28)."""
+    """(..., D) and (gates, channels) or (channels,) -> (..., gates) or (...,), in (0, 1): the gate sees the first
+    channels only, weights of zero give 1/2 (#28)."""
     return torch.sigmoid(x[..., :weight.shape[-1]] @ weight.to(x.dtype).movedim(-1, 0))
 
 
@@ -967,6 +1005,7 @@ class Shared(NamedTuple):
 
     x0: Tensor  # (R, T, D) the embedding
     bigram: Tensor | None  # (R, T, D) that of token pairs
+    second: Tensor | None  # (R, T, D) another one of the token
     alone: Tensor  # (R, T) bool: the token before may not be looked at
     cosine: Tensor  # (2 T, n), as are sines: all positions
     sine: Tensor
@@ -991,10 +1030,11 @@ class Block(nn.Module):
         self.residual = weight(first=config.residual_init, used=config.x0_shortcut)
         self.x0 = weight(used=config.x0_shortcut)
         self.bigram = weight(first=0.1, used=config.bigram > 0)
+        self.second = weight(used=config.second_embedding)
         self.into = weight(first=0.5, used=layer.attends and config.attention_mix)
         self.out = weight(first=1.0, used=layer.attends and config.attention_mix)
         self.value_mix = weight(first=0.5, used=layer.mixes)
-        channels = min(GATE_CHANNELS, width)
+        channels = min(config.gate_channels, width)
         self.attention_gate = weight(config.heads, channels, used=layer.attends and config.attention_gates)
         self.value_gate = weight(config.heads, channels, used=layer.table is not None and config.value_gates)
 
@@ -1006,6 +1046,8 @@ class Block(nn.Module):
             x = self.residual * x + self.x0 * shared.x0
         if self.bigram is not None:
             x = x + self.bigram * shared.bigram
+        if self.second is not None:
+            x = x + self.second * shared.second
         if self.attends:
             attended, value = self.attend(rms_norm(x, self.epsilon), shared, mask, first_value, embedded)
             x = x + attended
@@ -1056,13 +1098,14 @@ class GPT(nn.Module):
         super().__init__()
         self.config, self.vocabulary, self.plan = config, vocabulary, layer_plan(config)
         self.compiled, self.run_block, self.loss_of_chunk = False, run_block, loss_of_chunk
-        self.float8, self.stage, self.tied = False, -1, last_tied_step(config) >= 0
+        self.dtype, self.float8, self.stage, self.tied = dtype, False, -1, last_tied_step(config) >= 0
         padded = -(-vocabulary // 64) * 64  # matrix units like round sizes; the extra columns are never targets
         wide, width = at_least_float32(dtype), config.width
         draw = torch.Generator().manual_seed(config.seed)
-        table = torch.randn(padded, width, generator=draw)
-        self.embedding = nn.Parameter((0.005 * table if self.tied else table).to(dtype))  # as a head, small (#51)
-        self.head = nn.Parameter(self.embedding.data.clone() if self.tied else torch.zeros(padded, width, dtype=wide))
+        table = torch.randn(padded, width, generator=draw) * (config.tied_init if self.tied else 1)
+        self.embedding = nn.Parameter(table.to(dtype)) if config.tied_until < 1 else None
+        head = table if self.tied else torch.zeros_like(table)  # wide, unless it shall part from an embedding (#51)
+        self.head = nn.Parameter(head.to(dtype if self.tied and config.tied_until < 1 else wide, copy=True))
         self.blocks = nn.ModuleList(Block(config, layer, dtype) for layer in self.plan)
         for block in self.blocks:  # what adds to the stream starts at zero
             drawn = [(block.attention[:3], config.attention_init)] if block.attends else []
@@ -1077,16 +1120,20 @@ class GPT(nn.Module):
         self.value_tables = nn.ParameterList(weight(padded, width, dtype=dtype) for _ in range(tables))
         if config.bigram:
             self.bigram_table = weight(config.bigram * padded, width, dtype=dtype)
+        if config.second_embedding:
+            self.second_table = nn.Parameter(torch.randn(padded, width, generator=draw).to(dtype))
+        channels = min(config.gate_channels, width)
         if config.smear:
-            self.smear_mix, self.smear_gate = weight(), weight(min(GATE_CHANNELS, width))
-        # The layers that receive the output of an earlier one: the second half that of the first, mirrored (U-net,
-        # #11), or one of them through a gate (#45, #55).
-        self.skips = {config.layers - 1 - i: i for i in range(config.layers // 2)} if config.unet_skips else {}
+            self.smear_mix, self.smear_gate = weight(), weight(channels)
+        # By layer, the one whose output it receives: the second half that of the first, mirrored (U-net, #11), or some
+        # of them through a gate (#45, #55).
+        self.skips = dict(zip(config.gated_skip[1::2], config.gated_skip[::2], strict=True))
+        if config.unet_skips:
+            self.skips = {config.layers - 1 - i: i for i in reversed(range(config.layers // 2))}
         if self.skips:
-            self.skip_mix = weight(len(self.skips), first=1.0)
+            self.skip_mix = weight(len(self.skips), first=-1.5 if config.gated_skip else 1.0)
         if config.gated_skip:
-            self.skips = {config.gated_skip[1]: config.gated_skip[0]}
-            self.skip_mix, self.skip_gate = weight(1, first=-1.5), weight(min(GATE_CHANNELS, width))
+            self.skip_gate = weight(len(self.skips), channels)
         if config.backout:
             self.backout_mix = weight(first=0.5)
         positions = max(*config.row_tokens, config.val_row_tokens) * (2 if config.paired_layers else 1)
@@ -1119,20 +1166,19 @@ class GPT(nn.Module):
         config, epsilon = self.config, self.config.rms_epsilon
         alone = torch.zeros_like(starts) if config.cross_document else starts.clone()
         alone[:, 0] = True
-        embedded, bigram = F.embedding(inputs, self.head if self.tied else self.embedding), None
+        embedded = F.embedding(inputs, self.head if self.tied else self.embedding).to(self.dtype)
+        bigram = second = None
         if config.smear:
             embedded = smear(embedded, self.smear_mix, self.smear_gate, alone)
         if config.bigram:
             bigram = F.embedding(bigram_rows(inputs, alone, len(self.bigram_table)), self.bigram_table)
-        x = x0 = rms_norm(embedded, epsilon)
-        shared = Shared(x0, bigram, alone, self.cosine, self.sine, self.scale)
+        if config.second_embedding:
+            second = rms_norm(F.embedding(inputs, self.second_table), epsilon)
+        x = x0 = rms_norm(embedded, epsilon) if config.embedding_norm else embedded
+        shared = Shared(x0, bigram, second, alone, self.cosine, self.sine, self.scale)
         outputs, first_value, kept = {}, None, {*self.skips.values(), *config.backout}
         for i, (block, layer) in enumerate(zip(self.blocks, self.plan, strict=True)):
-            skip, values = None, None
-            if i in self.skips:
-                share = self.skip_mix[i - config.layers] if config.unet_skips else (
-                    self.skip_mix.sigmoid() * 2 * gate(x0, self.skip_gate)).to(x.dtype)[..., None]
-                skip = share * outputs[self.skips[i]]
+            skip, values = self.skip(i, x0, outputs), None
             if layer.table is not None:
                 values = F.embedding(inputs, self.value_tables[layer.table])
             run = self.run_block
@@ -1146,6 +1192,16 @@ class GPT(nn.Module):
         for source in config.backout:
             x = x - self.backout_mix * outputs[source]
         return rms_norm(x, epsilon)
+
+    def skip(self, layer: int, x0: Tensor, outputs: dict[int, Tensor]) -> Tensor | None:
+        """What a layer takes over from an earlier one, (R, T, D), if anything."""
+        if layer not in self.skips:
+            return None
+        place = list(self.skips).index(layer)
+        share = self.skip_mix[place]
+        if self.config.gated_skip:
+            share = (share.sigmoid() * 2 * gate(x0, self.skip_gate[place])).to(x0.dtype)[..., None]
+        return share * outputs[self.skips[layer]]
 
     def loss(self, batch: Batch, masks: dict, weights: Floats | list[float] = (1.0,)) -> tuple[Tensor, Tensor]:
         """Sums, not means, of cross-entropies in nats, 0-dimensional, at least float32: of the next `len(weights)`
@@ -1164,6 +1220,7 @@ class GPT(nn.Module):
 def attention_masks(model: GPT, starts: Tensor, windows: tuple[int, int]) -> dict[tuple[bool, bool], list]:
     """(R, T) bool and the (long, short) windows -> a mask per kind of layer, by (is short, is paired): blocks where
     attention is compiled, spans elsewhere. Windows count positions, of which a token has two in paired layers."""
+    starts = starts & model.config.document_mask
     masks, doubled = {}, torch.stack((starts, torch.zeros_like(starts)), dim=-1).flatten(1)
     for short, paired in {(layer.short, layer.paired) for layer in model.plan if layer.attends}:
         first_key = first_visible_key(doubled if paired else starts, windows[short])
@@ -1393,9 +1450,8 @@ def orthogonalise(update: Tensor, kind: str, dtype: torch.dtype) -> Tensor:
 
 def equalise_rows(update: Tensor, average: Tensor, beta2: float) -> Tensor:
     """NorMuon (#41): divide each row by its running root mean square, `average`, and keep each matrix's norm. Matrices
-    (n, rows, columns); of wide ones the columns take the place of rows."""
-    axis = -1 if update.shape[-2] >= update.shape[-1] else -2
-    square = update.square().mean(axis, keepdim=True)
+    (n, rows, columns), averages (n, rows, 1)."""
+    square = update.square().mean(-1, keepdim=True)
     average.lerp_(square, 1 - beta2)
     factor = average.clamp_min(1e-10).rsqrt()
     before, after = (part.sum((-2, -1), keepdim=True).sqrt() for part in (square, square * factor.square()))
@@ -1449,9 +1505,8 @@ class Muon(Group):
         """scales: for each matrix of a parameter, in order, the factor on its update."""
         super().__init__(name, parameters, 2, config, processes)
         self.learning_rate, self.dtype, self.kernel = config.muon_lr, dtype, muon_update
-        count, rows, columns = self.shard.shape
-        equalised = (rows, 1) if rows >= columns else (1, columns)
-        self.state = [self.shard.new_zeros(count, *shape, dtype=self.wide) for shape in ((rows, columns), equalised)]
+        momentum = torch.zeros_like(self.shard, dtype=self.wide)
+        self.state = [momentum, torch.zeros_like(momentum[..., :1])]
         if self.weights.dtype == torch.bfloat16:
             self.state.append(torch.zeros_like(self.shard, dtype=torch.int16))
         self.scale = self.spread(scales * len(parameters), [1] * len(scales) * len(parameters))[:, None, None]
@@ -1483,29 +1538,35 @@ class Adam(Group):
 
 def optimizer_groups(model: GPT, config: Config, dtype: torch.dtype, processes: Processes) -> dict[str, Group]:
     """Every parameter in exactly one group, in the order in which backward completes them."""
-    rate, *betas, _ = config.adam_gates  # the gates of smear (#52) and skip (#55) move more slowly
-    settings = {"attention_gate": config.adam_gates, "value_gate": config.adam_gates, "x0": config.adam_x0,
-                "smear_gate": (0.01 * rate, *betas, 0.0), "skip_gate": (0.05 * rate, *betas, 0.0)}
-    large = ("head", "embedding", "mlp", "attention", "bigram_table")
-    small = {name: p for name, p in model.named_parameters()
-             if name.split(".")[-1] not in large and not name.startswith("value_tables.")}
+    named, last_tied = dict(model.named_parameters()), last_tied_step(config)
+
+    def those(*endings: str) -> list[nn.Parameter]:
+        return [p for name, p in named.items() if name.endswith(endings)]
+
+    up_scale = max(1, config.mlp_ratio) ** 0.5  # Muon's sqrt(max(1, outputs / inputs))
+    matrices = (("mlp", those(".mlp"), [up_scale, config.down_scale]),
+                ("attention", those(".attention"), [config.attention_step] * 4),
+                ("gates", those("attention_gate", "value_gate") if config.muon_gates else [], [config.muon_gates]))
+    tables = (("values", list(model.value_tables), config.adam_tables, -1),
+              ("second", those("second_table"), config.adam_tables, -1),
+              ("bigrams", those("bigram_table"), config.adam_tables, -1),
+              ("embedding", those("embedding"), config.adam_embedding, last_tied))
+    apart = {id(p) for _, parameters, *_ in (*matrices, *tables) for p in (*parameters, model.head)}
     # Gates before scalars, so that each begins on 16 bytes: where layers share a compiled graph, its kernels rely on
     # what they saw of the first layer's, and a GPU's wide loads fault elsewhere.
-    small = dict(sorted(small.items(), key=lambda named: -named[1].numel()))
-    attention, tables = [block.attention for block in model.blocks if block.attends], list(model.value_tables)
-    up_scale = max(1, config.mlp_ratio) ** 0.5  # Muon's sqrt(max(1, outputs / inputs))
-    groups = [Adam("head", [model.head], 1, [config.adam_head], config, processes),
-              Muon("mlp", [b.mlp for b in model.blocks], [up_scale, config.down_scale], config, dtype, processes)]
-    if attention:
-        groups.append(Muon("attention", attention, [1.0] * 4, config, dtype, processes))
-    each = [settings.get(name.split(".")[-1], config.adam_scalars) for name in small]
-    for name, parameters, item, rates, after in (
-            ("small", list(small.values()), 0, each, -1),
-            ("values", tables, 1, [config.adam_tables] * len(tables), -1),
-            ("bigrams", [model.bigram_table] if config.bigram else [], 1, [config.adam_tables], -1),
-            ("embedding", [model.embedding], 1, [config.adam_embedding], last_tied_step(config))):
-        if parameters:
-            groups.append(Adam(name, parameters, item, rates, config, processes, after))
+    small = sorted(((name, p) for name, p in named.items() if id(p) not in apart), key=lambda named: -named[1].numel())
+    rate, *betas, _ = config.adam_gates  # the gates of smear (#52) and skip (#55) move more slowly
+    slow = dict(zip(("smear_gate", "skip_gate"), config.gate_shares, strict=True))
+    settings = {"attention_gate": config.adam_gates, "value_gate": config.adam_gates, "x0": config.adam_x0,
+                "second": config.adam_x0} | {name: (share * rate, *betas, 0.0) for name, share in slow.items()}
+    each = [settings.get(name.split(".")[-1], config.adam_scalars) for name, _ in small]
+
+    groups = [Adam("head", [model.head], 1, [config.adam_head], config, processes)]
+    groups += [Muon(name, parameters, scales, config, dtype, processes)
+               for name, parameters, scales in matrices if parameters]
+    groups += [Adam("small", [p for _, p in small], 0, each, config, processes)] if small else []
+    groups += [Adam(name, parameters, 1, [rates] * len(parameters), config, processes, after)
+               for name, parameters, rates, after in tables if parameters]
     if processes.world > 1:
         for group in groups:
             dist.broadcast(group.weights, 0)
@@ -1565,7 +1626,7 @@ def train_step(model: GPT, groups: dict[str, Group], batch: Batch, step: int, si
     rows, most = len(batch.inputs), rows_at_once(config, batch.inputs.shape[1], processes.device)
     at_once = max(n for n in range(1, rows + 1) if rows % n == 0 and n <= most)
     micros = [Batch(*parts) for parts in zip(*(part.split(at_once) for part in batch[:3]), strict=True)]
-    wide = at_least_float32(model.embedding.dtype)
+    wide = at_least_float32(model.dtype)
     total = torch.stack([0 * group.shard.sum(dtype=wide) for group in groups.values()]).sum()  # 0, or NaN
     for number, micro in enumerate(micros):
         for group in due if number == len(micros) - 1 else ():
@@ -1843,7 +1904,7 @@ def save_model(path: Path, model: GPT, stream: TokenStream, step: int, val_loss:
     """Weights, plain values and what else is given, for `torch.load(weights_only=True)`. Raises Refusal where it cannot
     be written."""
     saved = {"config": dataclasses.asdict(model.config), "vocabulary": stream.vocabulary,
-             "separator": stream.separator, "dtype": str(model.embedding.dtype).removeprefix("torch."),
+             "separator": stream.separator, "dtype": str(model.dtype).removeprefix("torch."),
              "shards": stream.fingerprint, "step": step, "val_loss": val_loss, **more,
              "weights": {name: tensor.to("cpu", copy=True) for name, tensor in model.state_dict().items()}}
     try:

@@ -40,18 +40,19 @@ def unusual(model: GPT) -> list[str]:
         "queries and keys normalised without a gain": config.qk_norm,
         "heads that attend in pairs over two positions for each token": any(layer.paired for layer in plan),
         "keys whose still channels come from the token before": any(layer.offset for layer in plan),
-        "rotary embedding with frequencies of its own": config.yarn or config.rotary_share < 1,
+        "rotary embedding with frequencies of its own": config.yarn > 0 or config.rotary_share < 1,
         "attention heads that a gate can close": config.attention_gates,
         "layers without attention": bool(config.attention_free),
         "embeddings of the token added to attention's values": bool(config.value_layers),
         "values of layer 0 mixed into those of later layers": config.value_residual,
         "hashed embeddings of token pairs, added in every layer": config.bigram > 0,
+        "a second embedding of the token added in every layer": config.second_embedding,
         "embeddings that take up a share of the one before": config.smear,
         "the embedding mixed back into the stream in every layer": config.x0_shortcut,
         "outputs of early layers added before later ones": bool(model.skips),
         "a middle layer's output in part subtracted at the end": bool(config.backout),
         "logits capped by tanh with a shift": config.softcap[0] > 0 and config.softcap[2] != 0,
-        "attention that stays within a document of the row": True}
+        "attention that stays within a document of the row": config.document_mask}
     return [words for words, used in found.items() if used]
 
 
@@ -62,15 +63,17 @@ def description(model: GPT, saved: dict) -> dict:
     frequencies, _ = script.yarn_schedule(model.stage, config)
     layers = [{"attends": layer.attends, "window": windows[layer.short], "paired": layer.paired,
                "key_offset": layer.offset, "value_table": layer.table, "skip_from": model.skips.get(i),
-               "skip_weight": len(model.skips) + i - config.layers if config.unet_skips else 0}
+               "skip_weight": list(model.skips).index(i) if i in model.skips else None}
               for i, layer in enumerate(model.plan)]
     return {
         "no_standard_class": unusual(model),
         "encoding": ENCODINGS.get((model.vocabulary, separator), "unknown: that of the shards it was trained on"),
         "vocabulary": model.vocabulary, "separator": separator, "width": config.width, "heads": config.heads,
-        "longest_text": max(config.row_tokens), "dtype": str(model.embedding.dtype)[6:], "step": saved["step"],
+        "longest_text": max(config.row_tokens), "dtype": str(model.dtype)[6:], "step": saved["step"],
         "val_loss": saved.get("val_loss"), "rms_epsilon": config.rms_epsilon, "tied": model.tied,
-        "looks_over_documents": config.cross_document, "smear": config.smear, "bigram": config.bigram > 0,
+        "looks_over_documents": config.cross_document, "attends_over_documents": not config.document_mask,
+        "smear": config.smear, "bigram": config.bigram > 0, "second_embedding": config.second_embedding,
+        "embedding_norm": config.embedding_norm,
         "embedding_shortcut": config.x0_shortcut, "gated_skip": bool(config.gated_skip),
         "backout": config.backout[0] if config.backout else None, "softcap": config.softcap, "qk_norm": config.qk_norm,
         "value_residual": config.value_residual, "value_gates": config.value_gates,
@@ -81,7 +84,7 @@ def description(model: GPT, saved: dict) -> dict:
 def tensors(model: GPT) -> dict[str, Tensor]:
     """The weights by name, as a pass uses them, without the padding rows of tables and without an embedding table that
     is the head."""
-    by_token = ("embedding", "head", "value_tables.")
+    by_token = ("embedding", "head", "value_tables.", "second_table")
     return {name: (weight[:model.vocabulary] if name.startswith(by_token) else weight).contiguous()
             for name, weight in sample.settle(model).state_dict().items() if name != "embedding" or not model.tied}
 

@@ -68,27 +68,34 @@ class Model:
         starts = tokens == config["separator"]
         alone = torch.zeros_like(starts) if config["looks_over_documents"] else starts.clone()
         alone[0] = True  # these take nothing up from the token before
+        if config["attends_over_documents"]:
+            starts = torch.zeros_like(starts)
         embedded = weights["head" if config["tied"] else "embedding"][tokens]
         if config["smear"]:
             share = weights["smear_mix"] * gate(embedded, weights["smear_gate"]).masked_fill(alone, 0)
             embedded = embedded + share.to(embedded.dtype)[:, None] * before(embedded)
         if config["bigram"]:
             pairs = weights["bigram_table"][self.bigram_rows(tokens, alone)]
-        x = first = self.norm(embedded)
+        if config["second_embedding"]:
+            second = self.norm(weights["second_table"][tokens])
+        x = first = self.norm(embedded) if config["embedding_norm"] else embedded
         outputs, first_value = [], None
         for i, layer in enumerate(config["layers"]):
             own = {name.removeprefix(f"blocks.{i}."): weight for name, weight in weights.items()
                    if name.startswith(f"blocks.{i}.")}
             if layer["skip_from"] is not None:
-                share = weights["skip_mix"][layer["skip_weight"]]
+                place = layer["skip_weight"]
+                share = weights["skip_mix"][place]
                 if config["gated_skip"]:
-                    share = weights["skip_mix"].sigmoid() * 2 * gate(first, weights["skip_gate"])
+                    share = share.sigmoid() * 2 * gate(first, weights["skip_gate"][place])
                     share = share.to(x.dtype)[:, None]
                 x = x + share * outputs[layer["skip_from"]]
             if config["embedding_shortcut"]:
                 x = own["residual"] * x + own["x0"] * first
             if config["bigram"]:
                 x = x + own["bigram"] * pairs
+            if config["second_embedding"]:
+                x = x + own["second"] * second
             if layer["attends"]:
                 table = layer["value_table"]
                 from_table = None if table is None else weights[f"value_tables.{table}"][tokens]

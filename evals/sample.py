@@ -2,6 +2,7 @@
 
     python evals/sample.py logs/RUN/model.pt --prompt "ROMEO:" --tokens 200 --temperature 0.8 --seed 1
     python evals/sample.py logs/RUN/model.pt --prompt "def " --prompt "class " --top-k 40
+    python evals/sample.py logs/RUN --encoding mine.tiktoken         # the newest of a run, of an own tokenizer
 
 Each new token costs one token's work: keys and values of the tokens before it are kept (`Cache`). The speed stands on
 stderr at the end. Draws are made on the CPU, so that a seed means the same on any device.
@@ -19,7 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "data")]
+
+from text import encoding_named
+
 import train_gpt2 as script
 from train_gpt2 import GPT, Refusal
 
@@ -27,28 +32,45 @@ BYTES_VOCABULARY, BYTES_SEPARATOR = 257, 256
 CHUNK = 512  # tokens of a prompt that go through the model at once
 
 
-def encoding_of(vocabulary: int, separator: int) -> tuple[Callable[[str], list[int]], Callable[[int], bytes]]:
-    """(text -> tokens, token -> bytes) of what the shards were written with. Raises Refusal for others."""
-    if (vocabulary, separator) == (BYTES_VOCABULARY, BYTES_SEPARATOR):
-        return (lambda text: list(text.encode(errors="surrogateescape"))), (lambda token: bytes([token]))
-    if (vocabulary, separator) == (script.GPT2_VOCABULARY, script.GPT2_SEPARATOR):
-        try:
-            import tiktoken
-            gpt2 = tiktoken.get_encoding("gpt2")
-        except Exception as error:  # noqa: BLE001  the loader lets its HTTP library's errors through
-            raise Refusal(f"cannot load the GPT-2 encoding: {' '.join(str(error).split())[:200]}; run once with a "
-                          "network, or set TIKTOKEN_CACHE_DIR to a folder that holds it") from None
-        return gpt2.encode_ordinary, gpt2.decode_single_token_bytes
-    raise Refusal(f"the checkpoint has vocabulary {vocabulary} with separator {separator}, expected bytes "
-                  f"({BYTES_VOCABULARY}, {BYTES_SEPARATOR}) or GPT-2 ({script.GPT2_VOCABULARY}, "
-                  f"{script.GPT2_SEPARATOR}); use a checkpoint trained on one of them")
+def encoding_of(vocabulary: int, separator: int, name: str | None = None,
+                ) -> tuple[Callable[[str], list[int]], Callable[[int], bytes]]:
+    """(text -> tokens, token -> bytes) of what the shards were written with: bytes or GPT-2's where vocabulary and
+    separator are theirs, else what `name` says. Raises Refusal where that is missing or another one."""
+    own = {(BYTES_VOCABULARY, BYTES_SEPARATOR): "bytes",
+           (script.GPT2_VOCABULARY, script.GPT2_SEPARATOR): "gpt2"}.get((vocabulary, separator))
+    if name is None and own is None:
+        raise Refusal(f"the checkpoint has vocabulary {vocabulary} with separator {separator}, expected bytes "
+                      f"({BYTES_VOCABULARY}, {BYTES_SEPARATOR}) or GPT-2 ({script.GPT2_VOCABULARY}, "
+                      f"{script.GPT2_SEPARATOR}), else what its shards were made with: --encoding NAME or "
+                      "--encoding FILE.tiktoken")
+    encoding = encoding_named(name or own)
+    if (encoding.vocabulary, encoding.separator) != (vocabulary, separator):
+        raise Refusal(f"--encoding {name} has vocabulary {encoding.vocabulary} with separator {encoding.separator}, "
+                      f"expected {vocabulary} with {separator}, as the checkpoint has; give what its shards were made "
+                      f"with{f', here --encoding {own}' if own else ''}")
+    return (lambda text: encoding.encode(text).tolist()), encoding.decode
+
+
+def model_file(place: str | Path) -> Path:
+    """A file as it is; of a run folder its model.pt, or else its newest checkpoint that is not damaged. Raises
+    Refusal for a folder without."""
+    place = Path(place)
+    if not place.is_dir():
+        return place
+    if (place / "model.pt").exists():
+        return place / "model.pt"
+    if script.checkpoints(place):
+        return script.find_checkpoint(place)[0]
+    below = sorted({path.parent for path in (*place.glob("*/model.pt"), *place.glob("*/checkpoint_*.pt"))})
+    raise Refusal(f"{place} holds neither model.pt nor checkpoint_*.pt, expected a run folder with one"
+                  + "".join(f"; the newest below it is {run}" for run in below[-1:]))
 
 
 @torch.no_grad()
 def settle(model: GPT) -> GPT:
     """The same model with what each pass would compute anew from weights alone done once: matrices in the type of the
     stream, the scalars of attention multiplied in. The logits stay the same to the bit."""
-    dtype = model.embedding.dtype
+    dtype = model.dtype
     model.head.data = model.head.to(dtype)
     for block in model.blocks:
         block.mlp.data = block.mlp.to(dtype)
@@ -68,12 +90,12 @@ class Cache:
 
     def __init__(self, model: GPT, rows: int, windows: tuple[int, int]):
         """windows: (long, short), as `windows_at` has them."""
-        self.model, self.windows, self.count, device = model, windows, 0, model.embedding.device
+        self.model, self.windows, self.count, device = model, windows, 0, model.head.device
         self.tokens = torch.zeros(rows, 0, dtype=torch.int32, device=device)  # the last one, none at first
         self.alone = torch.zeros(rows, 0, dtype=torch.bool, device=device)  # whether it may not look back itself
         self.document = torch.zeros(rows, 1, dtype=torch.int64, device=device)  # where its document began
         heads, head_width = model.config.heads, model.config.width // model.config.heads
-        nothing = torch.zeros(rows, 0, heads, head_width, dtype=model.embedding.dtype, device=device)
+        nothing = torch.zeros(rows, 0, heads, head_width, dtype=model.dtype, device=device)
         self.layers = [{"key": nothing[:, :, :heads // (1 + layer.paired)],  # (R, positions, H, K), those in reach
                         "value": nothing[:, :, :heads // (1 + layer.paired)], "last": nothing}  # key not yet offset
                        if layer.attends else None for layer in model.plan]
@@ -87,24 +109,29 @@ class Cache:
         alone = torch.zeros_like(starts) if config.cross_document else starts.clone()
         alone[:, 0] |= self.count == 0
         self.tokens, self.alone = torch.cat((self.tokens, tokens), 1), torch.cat((self.alone, alone), 1)
-        embedded, bigram = F.embedding(self.tokens, model.head if model.tied else model.embedding), None
+        embedded = F.embedding(self.tokens, model.head if model.tied else model.embedding).to(model.dtype)
+        bigram = second = None
         if config.smear:
             embedded = script.smear(embedded, model.smear_mix, model.smear_gate, self.alone)
         if config.bigram:
             pairs = script.bigram_rows(self.tokens, self.alone, len(model.bigram_table))
             bigram = F.embedding(pairs[:, -count:], model.bigram_table)
-        x = x0 = script.rms_norm(embedded[:, -count:], epsilon)
+        if config.second_embedding:
+            second = script.rms_norm(F.embedding(tokens, model.second_table), epsilon)
+        x = x0 = embedded[:, -count:]
+        if config.embedding_norm:
+            x = x0 = script.rms_norm(x, epsilon)
         visible = self.masks(starts)
         outputs, first_value, kept = {}, None, {*model.skips.values(), *config.backout}
         for i, (block, layer) in enumerate(zip(model.blocks, model.plan, strict=True)):
-            if i in model.skips:
-                share = model.skip_mix[i - config.layers] if config.unet_skips else (
-                    model.skip_mix.sigmoid() * 2 * script.gate(x0, model.skip_gate)).to(x.dtype)[..., None]
-                x = x + share * outputs[model.skips[i]]
+            skip = model.skip(i, x0, outputs)
+            x = x if skip is None else x + skip
             if block.residual is not None:
                 x = block.residual * x + block.x0 * x0
             if block.bigram is not None:
                 x = x + block.bigram * bigram
+            if block.second is not None:
+                x = x + block.second * second
             if block.attends:
                 from_table = None if layer.table is None else F.embedding(tokens, model.value_tables[layer.table])
                 normed, mask = script.rms_norm(x, epsilon), visible[layer.short, layer.paired]
@@ -125,7 +152,8 @@ class Cache:
         each new query sees, (R, 1, queries, keys) bool; paired layers have two positions for each token."""
         count, masks = starts.shape[1], {}
         position = torch.arange(self.count, self.count + count, device=starts.device)
-        document = torch.maximum((position * starts).cummax(dim=1).values, self.document)  # (R, T)
+        begins = starts & self.model.config.document_mask
+        document = torch.maximum((position * begins).cummax(dim=1).values, self.document)  # (R, T)
         self.document = document[:, -1:]
         for layer, past in zip(self.model.plan, self.layers, strict=True):
             kind, each = (layer.short, layer.paired), 1 + layer.paired
@@ -204,7 +232,7 @@ def generate(model: GPT, tokens: list[int], separator: int, windows: tuple[int, 
         if cache is None:
             new = context
             cache = Cache(model, 1, windows) if cached else None
-        inputs = torch.tensor([new], dtype=torch.int32, device=model.embedding.device)
+        inputs = torch.tensor([new], dtype=torch.int32, device=model.head.device)
         if cached:
             for part in inputs.split(CHUNK, dim=1):
                 hidden = cache.advance(part, separator)
@@ -218,7 +246,10 @@ def generate(model: GPT, tokens: list[int], separator: int, windows: tuple[int, 
 def main(arguments: list[str] | None = None) -> None:
     """Command line. Raises Refusal for a file that is no checkpoint and for numbers out of range."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a model.pt or checkpoint_*.pt in a run folder")
+    parser.add_argument("checkpoint", metavar="CHECKPOINT",
+                        help="a model.pt or checkpoint_*.pt, or a run folder: its model.pt, else its newest checkpoint")
+    parser.add_argument("--encoding", metavar="NAME|FILE", help="what the shards were made with, as for data/text.py "
+                        "(default: bytes or gpt2, where the model has that vocabulary)")
     parser.add_argument("--prompt", action="append", metavar="TEXT",
                         help="what the text begins with (default: nothing); given several times, a text for each")
     parser.add_argument("--tokens", type=int, default=200, metavar="N", help="length of a text (default 200)")
@@ -239,9 +270,9 @@ def main(arguments: list[str] | None = None) -> None:
     if options.device == "cuda" and not torch.cuda.is_available():
         raise Refusal("--device cuda, but torch finds no GPU here; give --device cpu")
     device = "cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu"
-    model, saved = script.load_model(options.checkpoint, device)
+    model, saved = script.load_model(model_file(options.checkpoint), device)
     separator, windows = saved["separator"], script.windows_at(saved["step"], model.config)
-    encode, decode = encoding_of(saved["vocabulary"], separator)
+    encode, decode = encoding_of(saved["vocabulary"], separator, options.encoding)
     prompts = options.prompt or [""]
     settle(model)
     began = time.perf_counter()
@@ -255,7 +286,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(text.decode(b"", final=True))
     count, seconds = options.tokens * len(prompts), time.perf_counter() - began
     print(f"{count:,} tokens in {seconds:.2f} s with their prompts, {count / seconds:,.0f} tokens/s on {device} in "
-          f"{str(model.embedding.dtype)[6:]}, {'without' if options.no_cache else 'with'} cache", file=sys.stderr)
+          f"{str(model.dtype)[6:]}, {'without' if options.no_cache else 'with'} cache", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -519,9 +519,12 @@ def compare(options: argparse.Namespace) -> int:
 # ----------------------------------------------------------------------------------------------------------------------
 # Reference curves and the band around them.
 
-REFERENCE = {"five-minute": 12, "gpt2": 62}  # the record whose recipe a preset is
+# The record whose recipe a preset is, or, of a larger model, the run that it follows.
+REFERENCE = {"five-minute": 12, "gpt2": 62, "gpt2-medium": "gpt2-medium", "gpt2-xl": "gpt2-xl"}
 # Spread of the final losses of several runs of a record. Record 62 has ranges of six runs at each validation instead.
-END_SPREAD = {12: 0.005, 21: 0.0019, 40: 0.0011, 62: 0.0013, 89: 0.0015}
+# That of gpt2-xl is how far its run and a shorter one lie apart where both have the same rates.
+END_SPREAD = {12: 0.005, 21: 0.0019, 40: 0.0011, 62: 0.0013, 89: 0.0015, "gpt2-medium": 0.0009, "gpt2-xl": 0.002}
+RECORDS = [record for record in END_SPREAD if isinstance(record, int)]  # of the small model
 RANGE_OF_SIX = 2.534  # how far apart the ends of six normal draws lie on average, in spreads
 WIDTH = 4  # of the band to each side, in spreads
 # How many times wider runs spread before a share of the run than at its end: as the public logs of records 14, 39 and
@@ -534,14 +537,14 @@ def number_or_none(text: str, kind: type = float):
     return kind(text) if text else None
 
 
-def reference_curves() -> dict[int, list[dict]]:
-    """Record -> its rows of curves.csv, as numbers; None where nothing is stated."""
-    curves: dict[int, list[dict]] = {}
+def reference_curves() -> dict[int | str, list[dict]]:
+    """Record, or name of a larger model, -> its rows of curves.csv, as numbers; None where nothing is stated."""
+    curves: dict[int | str, list[dict]] = {}
     with open(HERE / "curves.csv", encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file):
             values = {name: number_or_none(text, int if name in ("step", "tokens") else float)
                       for name, text in row.items() if name != "record"}
-            curves.setdefault(int(row["record"]), []).append(values)
+            curves.setdefault(int(row["record"]) if row["record"].isdecimal() else row["record"], []).append(values)
     return curves
 
 
@@ -550,11 +553,11 @@ class Limits(NamedTuple):
     half: float
 
 
-def record_band(record: int) -> dict[int, Limits]:
+def record_band(record: int | str) -> dict[int, Limits]:
     """Step -> limits: from the range of six runs where it is known, else from the spread at the end and WIDER."""
     rows, band = reference_curves()[record], {}
     for row in rows:
-        shape = WIDER["staged" if record >= 46 else "constant"]
+        shape = WIDER["constant" if record in (12, 21, 40, "gpt2-xl") else "staged"]
         spread = END_SPREAD[record] * next(times for share, times in shape if row["step"] < share * rows[-1]["step"])
         middle = row["loss"]
         if row["lowest"] is not None:
@@ -615,14 +618,14 @@ def band_of(run: Run, options: argparse.Namespace) -> tuple[str, dict[int, Limit
     record = options.record or REFERENCE.get(preset)
     if record is None:
         raise Refusal(f"{run.name} does not state its preset, expected to know what to compare it with; name a record: "
-                      f"--record {'|'.join(map(str, END_SPREAD))}")
+                      f"--record {'|'.join(map(str, RECORDS))}")
     width = "the spread of six runs of it at each step" if record == 62 else (
         f"the spread of its runs: {END_SPREAD[record]:g} at the end, more before, as in runs like it")
-    curve = reference_curves()[record]
+    curve, name = reference_curves()[record], f"record {record}" if record in RECORDS else f"the run of {record}"
     if run.planned != curve[-1]["step"]:
-        raise Refusal(f"{run.name} has {run.planned} steps and record {record} {curve[-1]['step']}: schedules stretch "
+        raise Refusal(f"{run.name} has {run.planned} steps and {name} {curve[-1]['step']}: schedules stretch "
                       f"with the length, so that losses at equal steps do not compare; {advice}")
-    return f"record {record}, {WIDTH} times {width}, to each side", record_band(record), changed_settings(run)
+    return f"{name}, {WIDTH} times {width}, to each side", record_band(record), changed_settings(run)
 
 
 def band(options: argparse.Namespace) -> int:
@@ -630,13 +633,13 @@ def band(options: argparse.Namespace) -> int:
     if len(runs) > 1:
         raise Refusal(f"{options.run} holds {len(runs)} runs, expected one; the first is {runs[0].path}")
     run, = runs
-    if options.record and options.record not in END_SPREAD:
+    if options.record and options.record not in RECORDS:
         raise Refusal(f"--record {options.record} has no curve here, expected one of "
-                      f"{', '.join(map(str, END_SPREAD))}")
+                      f"{', '.join(map(str, RECORDS))}")
     what, limits, changed = band_of(run, options)
     if changed:
         print(f"warning: not the same settings: {', '.join(changed)}")
-    if not options.against and what.startswith("record ") and not on_fineweb(run):
+    if not options.against and what.startswith(("record ", "the run of ")) and not on_fineweb(run):
         print(f"warning: trained on {run.config['train_files']}, the reference on FineWeb")
     both = [point for point in run.val if point.step in limits]
     if not both:
@@ -721,6 +724,8 @@ def draw_losses(panel, groups: dict[str, list[Run]], references: bool, across: s
     """Lines of all runs that can be placed; `across` is seconds or tokens. Returns how many runs were left out."""
     left_out = 0
     for record, rows in reference_curves().items() if references else ():
+        if record not in RECORDS:
+            continue
         end = rows[-1]
         spots = [(row["tokens"] if across == "tokens" else row["seconds"] if row["seconds"] is not None
                   else end["seconds"] * row["step"] / end["step"], row["loss"]) for row in rows if row["step"]]

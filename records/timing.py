@@ -44,8 +44,8 @@ from train_gpt2 import (GPT, GPT2_SEPARATOR, GPT2_VOCABULARY, MASK_BLOCK, ORTHOG
                         Group, Layer, Processes, Refusal, TokenStream, at_least_float32, can_compile,
                         check_processes, compute_dtype, first_visible_key, float8_head, layer_plan,
                         multi_token_weights, optimizer_groups, parse_command_line, peak_memory, prefetched,
-                        rows_at_once, stage_borders, start_processes, step_batches, train_step, validate, value_at,
-                        warm_up, windows_at)
+                        rows_at_once, stage_borders, start_processes, step_batches, tokens_until, train_step, validate,
+                        value_at, warm_up, windows_at)
 
 TYPICAL_DOCUMENT = 765  # tokens, the median of web text
 PEAK_FLOPS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12,
@@ -179,7 +179,7 @@ def doubled(starts: torch.Tensor) -> torch.Tensor:
 def visited_keys(config: Config, starts: torch.Tensor, windows: tuple[int, int]) -> int:
     """Keys that the queries of (R, T) rows see, summed over layers and heads, from the masks themselves. Paired layers
     have 2 T positions and half the heads."""
-    total = 0
+    total, starts = 0, starts & config.document_mask
     for layer, count in Counter(layer[:3] for layer in layer_plan(config)).items():
         attends, short, paired = layer
         if attends:
@@ -213,6 +213,18 @@ def model_flops(config: Config, shapes: Shapes, tokens: int, keys: int) -> dict[
     """FLOP of a step's sections, over `tokens` tokens whose queries see `keys` keys (all layers and heads)."""
     forward = 2 * tokens * shapes.matrices() + 4 * (config.width // config.heads) * keys
     return {"forward": forward, "loss": 6 * tokens * shapes.parameters["head"].numel(), "backward": 2 * forward}
+
+
+def run_flops(config: Config, shapes: Shapes) -> float:
+    """FLOP of the model in all steps, on documents of a typical length."""
+    total = 0.0
+    for stretch in stretches(config):
+        size, stage = value_at(config.row_tokens, stretch.stages[0]), stretch.stages[0]
+        starts = torch.from_numpy(made_up_tokens(max(size, 2**18 // size * size)) == GPT2_SEPARATOR).view(-1, size)
+        tokens = (stretch.end - stretch.begin) * value_at(config.tokens_per_step, stage)
+        keys = visited_keys(config, starts, windows_at(stretch.begin, config)) / starts.numel()
+        total += sum(model_flops(config, shapes, tokens, keys * tokens).values())
+    return total
 
 
 def update_flops(groups: list[Group], config: Config) -> float:
@@ -271,8 +283,9 @@ def kept_units(config: Config, compiled: bool, widened: bool = False) -> int:
     """What a forward pass keeps for backward, in hidden states: the embedding and its norm, bigrams, smear's embedding,
     the layers (see `block_units`; recomputed ones only what they receive), the last norm's input, the slope of its
     output. Skips are made before the layer that takes them, so that compiled or recomputed layers keep them."""
-    plan, skips = layer_plan(config), bool(config.gated_skip) + config.unet_skips * (config.layers // 2)
-    units = 4 + 2 * widened + bool(config.bigram) + config.smear + skips * (compiled or config.recompute)
+    plan, skips = layer_plan(config), len(config.gated_skip) // 2 + config.unet_skips * (config.layers // 2)
+    units = 3 + widened + config.embedding_norm * (1 + widened) + config.second_embedding * (2 + widened)
+    units += bool(config.bigram) + config.smear + skips * (compiled or config.recompute)
     if config.recompute:
         return units + config.layers - 1 + sum(layer.table is not None for layer in plan) + 3 * config.value_residual
     return units + sum(block_units(layer, i == 0, config, compiled, widened) for i, layer in enumerate(plan))
@@ -344,21 +357,24 @@ def validation_memory(config: Config, shapes: Shapes, dtype: torch.dtype, device
     return tokens * (config.width * units + 4 + 8 + 1) * dtype.itemsize + 2 * chunk * dtype.itemsize
 
 
-GROUPS = {"head": 1, "embedding": 1, "value_tables": 1, "bigram_table": 1}  # trailing axes that stay whole; others: 0
+# Trailing axes that stay whole where a group is sliced; 0 for others.
+GROUPS = {"head": 1, "embedding": 1, "value_tables": 1, "second_table": 1, "bigram_table": 1}
 
 
-def group_members(shapes: Shapes) -> dict[str, list[torch.Tensor]]:
+def group_members(config: Config, shapes: Shapes) -> dict[str, list[torch.Tensor]]:
     """Parameters by the optimizer's group that holds them, as `optimizer_groups` deals them out."""
     members = {}
     for name, p in shapes.parameters.items():
         first, last = name.split(".")[0], name.split(".")[-1]
         group = last if last in ("attention", "mlp") else first if first in GROUPS else "small"
+        if config.muon_gates and last in ("attention_gate", "value_gate"):
+            group = "gates"
         members.setdefault(group, []).append(p)
     return members
 
 
 def predicted_memory(config: Config, vocabulary: int, dtype: torch.dtype, world: int, device: torch.device,
-                     stages=(0, 1, 2, 3)) -> dict[str, int]:
+                     stages: tuple[int, ...] | None = None) -> dict[str, int]:
     """The peak of one process in bytes, by parts that add up to it, from shapes alone: nothing is allocated.
 
     weights         parameters, each group padded to divide among the processes; exact
@@ -372,15 +388,16 @@ def predicted_memory(config: Config, vocabulary: int, dtype: torch.dtype, world:
     backward        what the backward pass of one layer needs beyond the room of the loss chunk
     update          what the largest update needs beyond the room of the three above
 
-    Of `stages` the one with the highest sum. Eager sizes are checked on CPUs. Compiled ones come from what the same
-    partitioner keeps there; that the GPU's compiler keeps and fuses the same is NOT verified. Validation is not part of
-    it (see `validation_memory`), nor are the CUDA context, its libraries (about 1 GiB) and the allocator's waste.
+    Of `stages` (None: all) the one with the highest sum. Eager sizes are checked on CPUs. Compiled ones come from what
+    the same partitioner keeps there; that the GPU's compiler keeps and fuses the same is NOT verified. Validation is
+    not part of it (see `validation_memory`), nor are the CUDA context, its libraries (about 1 GiB) and the allocator's
+    waste.
     """
     shapes = model_shapes(config, vocabulary, dtype)
     parts = {"weights": 0, "gradients": 0, "optimizer": 0, "tables": shapes.buffers}
     update, compiled = 0, device.type == "cuda" and config.compile != "none"
-    for name, members in group_members(shapes).items():
-        item = 2 if name in ("attention", "mlp") else GROUPS.get(name, 0)
+    for name, members in group_members(config, shapes).items():
+        item = 2 if name in ("attention", "mlp", "gates") else GROUPS.get(name, 0)
         shape = members[0].shape[members[0].dim() - item:]
         share = -(-sum(p.shape[:p.dim() - item].numel() for p in members) // world)
         size, wide = shape.numel() * members[0].dtype.itemsize, at_least_float32(members[0].dtype).itemsize
@@ -388,7 +405,7 @@ def predicted_memory(config: Config, vocabulary: int, dtype: torch.dtype, world:
         parts["gradients"] += share * world * size + (share * size if world > 1 else 0)
         if item == 2:
             low = 2 * shape.numel() if members[0].dtype == torch.bfloat16 else 0
-            parts["optimizer"] += share * (wide * (shape.numel() + max(shape) + 1) + low)
+            parts["optimizer"] += share * (wide * (shape.numel() + shape[0] + 1) + low)
         else:
             parts["optimizer"] += share * wide * (2 * shape.numel() + 4)
         # Temporaries of the arithmetic; compiled, only what matrix products need exists.
@@ -396,7 +413,8 @@ def predicted_memory(config: Config, vocabulary: int, dtype: torch.dtype, world:
         if not compiled:
             copies = 4.25 + 2 * (members[0].dtype.itemsize < wide)  # the quarter: one byte that says whether to decay
         update = max(update, round(share * shape.numel() * wide * copies))
-    used = [stage for stretch in stretches(config) for stage in stretch.stages if stage in stages]
+    used = [stage for stretch in stretches(config) for stage in stretch.stages
+            if stages is None or stage in stages]
     worst = max((stage_memory(config, shapes, dtype, world, device, stage) for stage in used),
                 key=lambda needs: sum(needs.values()))
     room = sum(worst[name] for name in ("activations", "loss chunk", "backward"))
@@ -674,6 +692,10 @@ def memory_lines(parts: dict[str, int], config: Config, shapes: Shapes, dtype: t
         still = sum(parts[name] for name in ("weights", "gradients", "optimizer", "tables"))
         text += (f"\nin validation about {(still + validation_memory(config, shapes, dtype, device)) / MIB:,.1f} MiB; "
                  "both are computed from shapes and have not been compared with a GPU")
+        flop, share, peak = run_flops(config, shapes), 0.4, PEAK_FLOPS["H100"]
+        text += (f"\nthe whole run: {tokens_until(config.steps, config):,} tokens, {flop:.3g} FLOP of the model, so "
+                 f"{flop / (share * peak) / 3600:,.2f} GPU-hours of H100s at {100 * share:.0f} % of their "
+                 f"{peak / 1e12:.0f} TFLOP/s: computed, not run")
     return text
 
 

@@ -109,8 +109,8 @@ def test_the_five_minute_recipe_is_a_preset():
 def test_a_preset_gives_defaults_and_what_is_given_wins(preset):
     config = parse_command_line(["--preset", preset])
     assert config == Config(**{**PRESETS[preset], "preset": preset})
-    for arguments in (["--preset", preset, "--layers", "13"], ["--layers", "13", f"--preset={preset}"]):
-        assert parse_command_line(arguments) == dataclasses.replace(config, layers=13)
+    for arguments in (["--preset", preset, "--layers", "16"], ["--layers", "16", f"--preset={preset}"]):
+        assert parse_command_line(arguments) == dataclasses.replace(config, layers=16)
 
 
 def test_an_unknown_option_names_the_nearest():
@@ -131,9 +131,9 @@ def test_a_missing_value():
 @pytest.mark.parametrize("name, value, expected", [
     ("steps", "many", "a whole number"), ("steps", "1.5", "a whole number"), ("steps", "", "a whole number"),
     ("steps", "--layers", "a whole number"), ("muon-lr", "fast", "a number"),
-    ("row-tokens", "128;256", "a list of 1 to 4 whole numbers"),
-    ("row-tokens", "128,,256", "a list of 1 to 4 whole numbers"),
-    ("window", "64,1.5", "a list of 1 to 4 whole numbers"), ("window", "64,", "a list of 1 to 4 whole numbers"),
+    ("row-tokens", "128;256", "a list of 1 to 17 whole numbers"),
+    ("row-tokens", "128,,256", "a list of 1 to 17 whole numbers"),
+    ("window", "64,1.5", "a list of 1 to 17 whole numbers"), ("window", "64,", "a list of 1 to 17 whole numbers"),
     ("short-layers", "all", "a list of whole numbers"), ("short-layers", "none,1", "a list of whole numbers"),
     ("adam-head", "0.1,fast,0.9,0", "a list of 4 numbers"), ("repeat", "yes", "true, false"),
     ("repeat", "True", "the nearest is --repeat true"),

@@ -245,7 +245,7 @@ def spelled_value(option) -> st.SearchStrategy:
         most = min(high, 300 if kind is int else 10)
         number = (st.integers(int(low), int(most)) | st.sampled_from([128, 256, 384])) if kind is int else (
             st.floats(low, most))
-        good = st.lists(number, max_size=5).map(lambda each: ",".join(map(repr, each)) or "none") if is_list else (
+        good = st.lists(number, max_size=6).map(lambda each: ",".join(map(repr, each)) or "none") if is_list else (
             number.map(repr))
         good |= st.just(train_gpt2.spelled(option.default, exact=True))
     return good | good | good | st.sampled_from(NASTY) | st.text(max_size=6)
@@ -294,12 +294,12 @@ def judge_command(place: Place, case: tuple) -> bool:
         elif kind is str and "|" in unit:
             assert value in unit.split("|")
         if is_list and unit != "layers":
-            assert len(values) in (range(1, 5) if "stage" in unit else [len(option.default)])
+            assert len(values) in (range(1, config.stages + 2) if "by stage" in unit else [len(option.default)])
     typed = [f"--{option.name}={train_gpt2.spelled(getattr(config, option.name), exact=True)}" for option in OPTIONS]
     assert train_gpt2.parse_command_line(typed) == config
     for world in (1, 2, 3, 5, 8, 48, 64):
         shared, _ = attempt(train_gpt2.check_processes, config, world)
-        stages = range(4)
+        stages = range(17)
         rows = [config.tokens_per_step[min(i, len(config.tokens_per_step) - 1)]
                 // config.row_tokens[min(i, len(config.row_tokens) - 1)] for i in stages]
         assert shared == all(count % world == 0 for count in rows)
@@ -323,8 +323,9 @@ SMALL_VALUES = {
     "bigram": st.integers(0, 3), "predicted_tokens": st.sampled_from([1, 2, 5, 64]), "adam_every": st.integers(1, 3),
     "document_tokens": st.sampled_from([0, 1, 5, 60, 10**12]), "seed": st.sampled_from([0, 1, 2**63 - 1]),
     "save_every": st.integers(0, 2), "keep": st.integers(1, 2), "patience": st.just(5), "rotary_base": st.sampled_from(
-        [1.0, 1.5, 1e4, 1e300]), "gated_skip": st.sampled_from([(), (0, 1), (1, 3), (2, 2)]), "backout": LAYERS.map(
-        lambda layers: layers[:1]), "attention_free": LAYERS, "dtype": st.sampled_from(["float32", "bfloat16",
+        [1.0, 1.5, 1e4, 1e300]), "stages": st.integers(1, 5),
+    "gated_skip": st.sampled_from([(), (0, 1), (1, 3), (2, 2), (1, 3, 0, 2)]),
+    "backout": LAYERS.map(lambda layers: layers[:1]), "attention_free": LAYERS, "dtype": st.sampled_from(["float32", "bfloat16",
                                                                                        "float64"]),
     "head_dtype": st.sampled_from(["auto", "wide", "float8"]), "preset": st.sampled_from(list(train_gpt2.PRESETS))}
 FIXED = ("train_files", "val_files", "out", "device", "compile", "resume", "preset")
@@ -351,7 +352,7 @@ SETTINGS = st.tuples(st.sampled_from(list(train_gpt2.PRESETS)), st.lists(
 SMALLEST = dict(layers=4, heads=2, width=16, row_tokens=128, tokens_per_step=256, steps=2, window="90,100",
                 window_short=30, short_layers="0,2", paired_layers="0", attention_free="none", value_layers="0,3",
                 gated_skip="none", backout="1", bigram=1, val_tokens=200, val_row_tokens=128, repeat=True,
-                dtype="float32", loss_chunk=512, document_tokens=60, device="cpu", compile="none")
+                stages=3, dtype="float32", loss_chunk=512, document_tokens=60, device="cpu", compile="none")
 
 
 def judge_settings(place: Place, case: tuple) -> bool:

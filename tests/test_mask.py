@@ -162,7 +162,8 @@ def paired_definition(starts: torch.Tensor, window: int) -> torch.Tensor:
 
 def masks_of(starts: torch.Tensor, windows: tuple[int, int], compiled: bool, **changes) -> dict:
     """`attention_masks` for the layers of a configuration, without the weights of a model."""
-    return attention_masks(SimpleNamespace(plan=layer_plan(Config(**changes)), compiled=compiled), starts, windows)
+    config = Config(**changes)
+    return attention_masks(SimpleNamespace(config=config, plan=layer_plan(config), compiled=compiled), starts, windows)
 
 
 def test_each_kind_of_layer_gets_its_own_mask():

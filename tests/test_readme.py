@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 SHORT = "--steps 2 --val-every 0 --val-tokens 2048 --width 32"  # added to training commands
-FEW_RUNS = "--steps 2 --seeds 1 --rungs windows --out logs/ladder"  # added to the ladder
+FEW_RUNS = "--steps 6 --seeds 1 --rungs windows --out logs/ladder"  # added to the ladder
 FEW_STEPS = "--timed-steps 2 --width 32"
 TEXT_FILES = "--train-files 'data/text/text_train_*.bin' --val-files 'data/text/text_val_*.bin'"
 NEEDS_GPU, NEEDS_NETWORK = "needs a GPU", "needs a network"
@@ -31,6 +31,9 @@ COMMANDS = {
     "./run.sh check": "",
     "python records/timing.py --memory-only true --gpu-memory 24": "",
     "python data/fineweb.py 10": NEEDS_NETWORK,
+    "python data/fineweb.py 31": NEEDS_NETWORK,
+    "torchrun --standalone --nproc_per_node=8 train_gpt2.py --preset gpt2-medium": NEEDS_GPU,
+    "torchrun --standalone --nproc_per_node=8 train_gpt2.py --preset gpt2-xl --save-every 500 --resume auto": NEEDS_GPU,
     "torchrun --standalone --nproc_per_node=8 train_gpt2.py": NEEDS_GPU,
     "torchrun --standalone --nproc_per_node=N train_gpt2.py": NEEDS_GPU,
     "torchrun --standalone --nproc_per_node=8 train_gpt2.py --preset five-minute": NEEDS_GPU,

@@ -360,10 +360,11 @@ def test_the_reference_data_are_whole():
                                                         strict=False))
     assert all(10 < len(row["technique"]) < 100 or row["record"] == "66" for row in history)
     curves = report.reference_curves()
-    assert list(curves) == [12, 21, 40, 62, 89]
+    assert list(curves) == [12, 21, 40, 62, 89, "gpt2-medium", "gpt2-xl"]
     ends = {12: (1875, 983_040_000, 301.825, 3.2783), 21: (1770, 695_992_320, 176.003, 3.2808),
             40: (2330, 610_795_520, 140.693, 3.2781), 62: (1600, 424_673_280, 98.031, 3.2770),
-            89: (1390, None, 79.532, 3.2775)}
+            89: (1390, None, 79.532, 3.2775), "gpt2-medium": (4740, 2_176_974_848, 1041.1, 2.9165),
+            "gpt2-xl": (20_344, 9_999_482_880, 34957.6, 2.7297)}
     for record, rows in curves.items():
         assert tuple(rows[-1][name] for name in ("step", "tokens", "seconds", "loss")) == ends[record]
         for name, sign in (("step", 1), ("tokens", 1), ("seconds", 1), ("loss", -1)):
@@ -371,7 +372,10 @@ def test_the_reference_data_are_whole():
             assert values == sorted(set(values)), (record, name)
 
 
-@pytest.mark.parametrize("preset, record", [("five-minute", 12), ("gpt2", 62)])
+REFERENCES = pytest.mark.parametrize("preset, record", report.REFERENCE.items())
+
+
+@REFERENCES
 def test_reference_curves_belong_to_the_presets(preset, record):
     config = train_gpt2.Config(**train_gpt2.PRESETS[preset])
     for row in report.reference_curves()[record]:
@@ -379,17 +383,19 @@ def test_reference_curves_belong_to_the_presets(preset, record):
         assert row["step"] % config.val_every == 0 or row["step"] == config.steps
 
 
-@pytest.mark.parametrize("preset, record", [("five-minute", 12), ("gpt2", 62)])
+@REFERENCES
 def test_a_run_on_its_way_is_inside_the_band_and_a_sick_one_outside(preset, record, tmp_path, capsys):
     curve = {row["step"]: row["loss"] for row in report.reference_curves()[record]}
     config = {"preset": preset, "planned": max(curve), "tokens_per_step": [1]}
     status, out, _ = say(capsys, "band", write_run(tmp_path / "a", curve, **config))
-    assert status == 0 and f"{len(curve)} of {len(curve)} validations are inside" in out and f"record {record}" in out
+    assert status == 0 and f"{len(curve)} of {len(curve)} validations are inside" in out
+    assert (f"record {record}" if preset != record else f"the run of {record}") in out
     early = {step: loss for step, loss in curve.items() if step <= 500}
+    beyond = {12: 0.13, 62: 0.075, "gpt2-medium": 0.045, "gpt2-xl": 0.05}
     assert say(capsys, "band", write_run(tmp_path / "b", early, **config))[0] == 0
     for place, step in enumerate(early):
         for sign in (-1, 1):
-            sick = {**early, step: early[step] + sign * (0.13 if record == 12 else 0.075)}
+            sick = {**early, step: early[step] + sign * beyond[record]}
             status, out, _ = say(capsys, "band", write_run(tmp_path / f"c{place}{sign}", sick, **config))
             assert status == 1 and ("above it" if sign > 0 else "below it") in out and "no: " in out
 

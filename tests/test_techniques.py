@@ -18,13 +18,15 @@ from train_gpt2 import (GPT, HEAD_UNIT, HIDDEN_UNIT, PRESETS, SLOPE_UNIT, Batch,
 # Each technique of the recipe switched off, or set to another value that its reference has to follow.
 OFF = {
     "paired_layers": (), "short_layers": (), "attention_free": (), "qk_norm": False, "attention_scale": 0.0,
-    "rotary_share": 0.0, "yarn": False, "key_offset": False, "attention_gates": False, "attention_mix": False,
+    "rotary_share": 0.0, "yarn": 0, "key_offset": False, "attention_gates": False, "attention_mix": False,
     "value_layers": (), "value_gates": False, "bigram": 0, "smear": False, "x0_shortcut": False, "gated_skip": (),
     "backout": (), "softcap": (0.0, 1.0, 0.0), "predicted_tokens": 1, "tied_until": 0.0,
 }
 OTHER = [dict(rotary_share=1.0), dict(cross_document=False), dict(value_tables=1), dict(value_residual=True),
          dict(unet_skips=True, gated_skip=()), dict(rms_epsilon=2.0**-7), dict(softcap=(5.0, 7.0, -2.0)),
-         dict(mlp_ratio=2), dict(paired_layers=(0, 3, 10), key_offset=False)]
+         dict(mlp_ratio=2), dict(paired_layers=(0, 3, 10), key_offset=False), dict(document_mask=False),
+         dict(gated_skip=(2, 9, 0, 3, 2, 4)), dict(second_embedding=True), dict(embedding_norm=False),
+         dict(gate_channels=5)]
 
 
 def recipe(**changes) -> GPT:
@@ -62,7 +64,7 @@ def reference_frequencies(config: Config, stage: int) -> tuple[list[float], floa
     frequencies = [config.rotary_base ** (-k / count) for k in range(count)]
     scale = config.attention_scale or 1 / math.sqrt(size)
     windows = [value_at(config.window, s) for s in range(stage + 1)]
-    for old, new in pairwise(windows) if config.yarn else ():
+    for old, new in list(pairwise(windows))[:config.yarn]:
         for k, f in enumerate(frequencies):
             turns = old * f / (2 * math.pi)
             if turns <= 1:
@@ -111,8 +113,10 @@ def reference_attention(c: Config, i: int, z, weights, plan, first_values, token
         if i in c.value_layers:
             place = sorted(c.value_layers).index(i)
             embedded = weights[f"value_tables.{place % c.value_tables}"][tokens.long()][:, part]
-            share = 2 * sigmoid(z[:, :12] @ weights[f"blocks.{i}.value_gate"][h])[:, None] if c.value_gates else 1
-            v = v + share * embedded
+            if c.value_gates:
+                seen_by_gate = z[:, :c.gate_channels] @ weights[f"blocks.{i}.value_gate"][h]
+                embedded = 2 * sigmoid(seen_by_gate)[:, None] * embedded
+            v = v + embedded
         if c.key_offset and i not in c.short_layers + c.paired_layers:
             still = 2 * len(frequencies)
             k = torch.stack([k[t] if alone[t] else torch.cat((k[t, :still], k[t - 1, still:])) for t in places])
@@ -131,7 +135,8 @@ def reference_attention(c: Config, i: int, z, weights, plan, first_values, token
             scores = scale * queries[h] @ keys[h].T
             seen[h] = torch.softmax(scores.masked_fill(~mask, -math.inf), -1) @ values[h]
     if c.attention_gates:
-        seen = [y * sigmoid(z[:, :12] @ weights[f"blocks.{i}.attention_gate"][h])[:, None] for h, y in enumerate(seen)]
+        gates = [sigmoid(z[:, :c.gate_channels] @ weight) for weight in weights[f"blocks.{i}.attention_gate"]]
+        seen = [y * gate[:, None] for y, gate in zip(seen, gates, strict=True)]
     return torch.cat(seen, -1) @ (out * out_weight).T, own
 
 
@@ -139,29 +144,33 @@ def reference_hidden(model: GPT, tokens, starts, stage: int, windows: tuple[int,
     """(T,) tokens of one row -> (T, D), layer by layer and head by head."""
     c, weights, plan = model.config, dict(model.named_parameters()), layer_plan(model.config)
     places, epsilon = range(len(tokens)), c.rms_epsilon
-    documents = starts.long().cumsum(0).tolist()
+    documents = starts.long().cumsum(0).tolist() if c.document_mask else [0] * len(tokens)
     alone = [t == 0 or (not c.cross_document and bool(starts[t])) for t in places]
     e = weights["head" if tied else "embedding"][tokens.long()]
     if c.smear:
         e = torch.stack([e[t] if alone[t] else e[t] + weights["smear_mix"] * e[t - 1] * sigmoid(
-            (weights["smear_gate"] * e[t, :12]).sum()) for t in places])
+            (weights["smear_gate"] * e[t, :c.gate_channels]).sum()) for t in places])
     if c.bigram:
         last = len(weights["bigram_table"]) - 1
         rows = [last if alone[t] else bigram_row(int(tokens[t]), last if alone[t - 1] else int(tokens[t - 1]), last + 1)
                 for t in places]
         b = weights["bigram_table"][rows]
-    x = x0 = norm(e, epsilon)
+    x = x0 = norm(e, epsilon) if c.embedding_norm else e
     outputs, first_values, half = {}, None, c.layers // 2
     for i in range(c.layers):
         if c.unet_skips and i >= c.layers - half:
             x = x + weights["skip_mix"][i - (c.layers - half)] * outputs[c.layers - 1 - i]
-        if c.gated_skip and i == c.gated_skip[1]:
-            share = 2 * sigmoid(weights["skip_mix"]) * sigmoid(x0[:, :12] @ weights["skip_gate"])
-            x = x + share[:, None] * outputs[c.gated_skip[0]]
+        for k in range(len(c.gated_skip) // 2):
+            if i == c.gated_skip[2 * k + 1]:
+                share = 2 * sigmoid(weights["skip_mix"][k]) * sigmoid(
+                    x0[:, :c.gate_channels] @ weights["skip_gate"][k])
+                x = x + share[:, None] * outputs[c.gated_skip[2 * k]]
         if c.x0_shortcut:
             x = weights[f"blocks.{i}.residual"] * x + weights[f"blocks.{i}.x0"] * x0
         if c.bigram:
             x = x + weights[f"blocks.{i}.bigram"] * b
+        if c.second_embedding:
+            x = x + weights[f"blocks.{i}.second"] * norm(weights["second_table"][tokens.long()], epsilon)
         if i not in c.attention_free:
             added, own = reference_attention(c, i, norm(x, epsilon), weights, plan, first_values, tokens, documents,
                                              alone, stage, windows)
@@ -228,6 +237,15 @@ def test_forward_loss_and_gradients_are_the_ledgers(stage, tied):
         else:
             assert (slope != 0).any() and (name in ("head", "bigram_table") or name.startswith("value_tables")
                                            or (slope != 0).all()), name
+
+
+@pytest.mark.parametrize("preset, stage, tied", [("gpt2-medium", 0, True), ("gpt2-medium", 2, False),
+                                                 ("gpt2-medium", 4, False), ("gpt2-xl", 0, True), ("gpt2-xl", 1, True)])
+def test_larger_models_are_the_ledgers(preset, stage, tied):
+    slopes = assert_agrees(small_model(preset=preset, spread=0.4), stage, tied)
+    assert ("embedding" in slopes) == (preset == "gpt2-medium")
+    unused = [name for name, slope in slopes.items() if not (slope != 0).any()]
+    assert unused == (["embedding"] if tied and preset == "gpt2-medium" else [])
 
 
 @pytest.mark.parametrize("name", OFF)
@@ -306,7 +324,7 @@ def test_gpt2_model_has_the_parameters_of_record_62():
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters() if "." not in name}
     assert shapes == {
         "embedding": (50304, 768), "head": (50304, 768), "bigram_table": (251_520, 768),
-        "smear_gate": (12,), "skip_gate": (12,), "smear_mix": (), "backout_mix": (), "skip_mix": (1,)}
+        "smear_gate": (12,), "skip_gate": (1, 12), "smear_mix": (), "backout_mix": (), "skip_mix": (1,)}
     per_layer = [{name: tuple(p.shape) for name, p in block.named_parameters()} for block in model.blocks]
     count = {name: sum(name in layer for layer in per_layer) for layer in per_layer for name in layer}
     assert count == {"attention": 10, "mlp": 11, "residual": 11, "x0": 11, "bigram": 11, "into": 10, "out": 10,
@@ -402,7 +420,7 @@ def test_rotary_frequencies_and_scales_of_the_ledger():
         assert scale == pytest.approx(expected_scale, rel=1e-12) and round(scale, 6) == rounded
     assert frequency[0] == 1  # 61 turns in the first window: kept
     assert frequency[-1] == pytest.approx(384 / 1664 / 1024)  # less than one turn in any window: stretched with it
-    assert yarn_schedule(3, replace(config, yarn=False))[1] == 0.1
+    assert yarn_schedule(3, replace(config, yarn=0))[1] == 0.1
 
 
 def test_a_stage_fills_the_tables_in_place():

@@ -110,8 +110,8 @@ def test_metrics_have_a_line_per_step_and_per_validation(run):
 
 
 def test_every_stage_is_counted_with_its_own_batch(recipe_run):
-    """One step in the first stage, two in the second, one in the third and two in the extension."""
-    per_step = [1024] + [2048] * 2 + [3072] * 3
+    """Two steps in the first stage, one in the second, one in the third and two in the extension."""
+    per_step = [1024] * 2 + [2048] + [3072] * 3
     for record in metrics(recipe_run):
         assert record["tokens"] == sum(per_step[:record["step"]])
     assert losses(recipe_run)[0] == pytest.approx(math.log(320), abs=0.1)

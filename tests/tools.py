@@ -150,14 +150,19 @@ def dense_mask(starts: torch.Tensor, window: int) -> torch.Tensor:
 SMALL_FIVE_MINUTE = dict(layers=4, heads=2, width=16, row_tokens=(64,), val_row_tokens=64, window=(23,), loss_chunk=50)
 SMALL_GPT2 = dict(heads=4, width=32, row_tokens=(64, 128), val_row_tokens=128, window=(24, 40, 60, 90),
                   window_short=(8, 16, 24, 32), window_final=120, loss_chunk=50)
+SMALL_MODELS = {
+    "five-minute": SMALL_FIVE_MINUTE, "gpt2": SMALL_GPT2,
+    "gpt2-medium": SMALL_GPT2 | dict(window=(24, 40, 60, 90, 100, 110), window_short=(8, 16, 24, 32, 40, 48)),
+    "gpt2-xl": dict(layers=5, heads=2, width=16, row_tokens=(64,), val_row_tokens=64, window=(63,), loss_chunk=50,
+                    tied_init=48**-0.5)}
 
 
 def small_model(vocabulary: int = 50, dtype: torch.dtype = torch.float64, spread: float = 0.0,
                 preset: str = "five-minute", **changes):
     """A GPT with short rows. spread > 0: every parameter is drawn anew with about this spread around its first value,
     so that none is zero and the output of no part vanishes."""
-    sizes = SMALL_FIVE_MINUTE if preset == "five-minute" else SMALL_GPT2
-    config = train_gpt2.Config(**{**train_gpt2.PRESETS[preset], "preset": preset, **sizes, **changes})
+    config = train_gpt2.Config(**{**train_gpt2.PRESETS[preset], "preset": preset,
+                                  **SMALL_MODELS.get(preset, SMALL_GPT2), **changes})
     model = train_gpt2.GPT(config, vocabulary, dtype)
     draw = torch.Generator().manual_seed(1)
     for parameter in model.parameters() if spread else ():
