@@ -2263,6 +2263,47 @@ def fitted(config: Config, vocabulary: int, dtype: torch.dtype, processes: Proce
     return config
 
 
+def not_finite(what: str, found: str, log: RunLog) -> Refusal:
+    return Refusal(f"{what}; {found}; none of it was written{log.way_back()}; try lower rates there (--muon-lr, "
+                   "--adam-head, --adam-tables)")
+
+
+class Reports:
+    """What steps have reported and nobody has read: on a GPU always that of the newest, for the host runs ahead of it.
+    To read one is to log its losses and to learn of a signal to any process (`stop`, 0: none). Raises Refusal for a
+    loss that is not finite, and for a step that has not ended within the patience."""
+
+    def __init__(self, model: GPT, stream: TokenStream, processes: Processes, log: RunLog, clock: Clock):
+        self.model, self.stream, self.processes, self.log, self.clock = model, stream, processes, log, clock
+        self.on_gpu, self.stop, self.unread = processes.device.type == "cuda", 0, deque()
+
+    def add(self, step: int, batch: Batch, reports: Tensor) -> None:
+        """reports: (processes, 2) of `train_step`, on the device."""
+        reports = reports.to("cpu", non_blocking=True)
+        self.unread.append((step, batch, reports, torch.cuda.current_stream().record_event() if self.on_gpu else None))
+        self.read(int(self.on_gpu))
+
+    def read(self, left: int = 0) -> None:
+        """The oldest first, until so many are left."""
+        while len(self.unread) > left:
+            step, batch, reports, there = self.unread.popleft()
+            deadline, patience = time.monotonic() + self.model.config.patience, self.model.config.patience
+            while there is not None and not there.query():
+                if time.monotonic() > deadline:  # not there.synchronize(), from which NCCL would abort without a word
+                    raise Refusal(f"step {step + 1} has not ended within --patience {patience} s: another process has "
+                                  f"ended or hangs{self.log.way_back()}")
+                time.sleep(0.0005)
+            losses, signals = reports.unbind(1)
+            bad = [rank for rank, loss in enumerate(losses.tolist()) if not math.isfinite(loss)]
+            if bad:
+                mine = self.processes.rank == bad[0] and first_bad_tensor(self.model, batch, step, self.stream)
+                raise not_finite(f"the training loss of step {step + 1} is not finite in process "
+                                 f"{', '.join(map(str, bad))}, or a weight there",
+                                 self.processes.gathered(mine)[bad[0]], self.log)
+            self.log.measured(step + 1, self.clock.now(), train_loss=float(losses.sum()))
+            self.stop = self.stop or int(signals.max())
+
+
 def training_loop(model: GPT, groups: dict[str, Group], streams: tuple, processes: Processes, log: RunLog,
                   resumed: dict | None) -> float:
     """All steps that are left, with their validations and checkpoints. Returns the last validation loss. Raises Refusal
@@ -2274,36 +2315,13 @@ def training_loop(model: GPT, groups: dict[str, Group], streams: tuple, processe
         following = Cursor(*resumed["cursor"])
         torch.set_rng_state(resumed["random_state"])
     period = math.ceil(config.save_every / config.adam_every) * config.adam_every  # no gradient waits for Adam then
-    clock, on_gpu, stop = Clock(processes, seconds), processes.device.type == "cuda", 0
-    underway = deque()  # reports of steps that the device has been given but not read
-
-    def not_finite(what: str, found: str) -> Refusal:
-        return Refusal(f"{what}; {found}; none of it was written{log.way_back()}; try lower rates there (--muon-lr, "
-                       "--adam-head, --adam-tables)")
-
-    def read_reports(left: int) -> None:
-        nonlocal stop
-        while len(underway) > left:
-            step, batch, reports, there = underway.popleft()
-            deadline = time.monotonic() + config.patience
-            while there is not None and not there.query():
-                if time.monotonic() > deadline:  # not there.synchronize(), from which NCCL would abort without a word
-                    raise Refusal(f"step {step + 1} has not ended within --patience {config.patience} s: another "
-                                  f"process has ended or hangs{log.way_back()}")
-                time.sleep(0.0005)
-            losses, signals = reports.unbind(1)
-            bad = [rank for rank, loss in enumerate(losses.tolist()) if not math.isfinite(loss)]
-            if bad:
-                mine = first_bad_tensor(model, batch, step, stream) if processes.rank == bad[0] else None
-                raise not_finite(f"the training loss of step {step + 1} is not finite in process "
-                                 f"{', '.join(map(str, bad))}, or a weight there", processes.gathered(mine)[bad[0]])
-            log.measured(step + 1, clock.now(), train_loss=float(losses.sum()))
-            stop = stop or int(signals.max())
+    clock = Clock(processes, seconds)
+    reports = Reports(model, stream, processes, log, clock)
 
     def judged(step: int, tokens: int) -> float:
         loss, found = validate(model, val_stream, tokens, step, processes), bad_parameters(model)
         if found or not math.isfinite(loss):
-            raise not_finite(f"after {step} steps the validation loss is {loss:.4f}", found or "no weight is bad")
+            raise not_finite(f"after {step} steps the validation loss is {loss:.4f}", found or "no weight is bad", log)
         return loss
 
     def keep(step: int) -> None:
@@ -2319,10 +2337,10 @@ def training_loop(model: GPT, groups: dict[str, Group], streams: tuple, processe
                                                 or config.val_every > 0 and step % config.val_every == 0)
             settled = first < step < config.steps and step % config.adam_every == 0
             saving = settled and period > 0 and step % period == 0
-            if validating or saving or settled and stop:
-                read_reports(0)  # first, for it waits with patience
+            if validating or saving or settled and reports.stop:
+                reports.read()  # first, for it waits with patience
                 clock.stop()
-                ending = settled and stop > 0
+                ending = settled and reports.stop > 0
                 if validating and not ending:
                     val_loss, validated = judged(step, val_tokens), step
                     log.measured(step, clock.now(), val_loss=val_loss,
@@ -2330,18 +2348,16 @@ def training_loop(model: GPT, groups: dict[str, Group], streams: tuple, processe
                 if saving or ending:
                     keep(step)
                 if ending:
-                    log.line(f"stopped by {signal.Signals(stop).name} after step {step} of {config.steps}, status "
-                             f"{128 + stop}{log.way_back()}")
-                    raise SystemExit(128 + stop)
+                    log.line(f"stopped by {signal.Signals(reports.stop).name} after step {step} of {config.steps}, "
+                             f"status {128 + reports.stop}{log.way_back()}")
+                    raise SystemExit(128 + reports.stop)
                 if step == config.steps:
                     break
             if clock.started is None:
                 clock.start()
             batch = next(batches)
             following = batch.following
-            reports = train_step(model, groups, batch, step, max(received, default=0)).to("cpu", non_blocking=True)
-            underway.append((step, batch, reports, torch.cuda.current_stream().record_event() if on_gpu else None))
-            read_reports(int(on_gpu))
+            reports.add(step, batch, train_step(model, groups, batch, step, max(received, default=0)))
         if log.folder is not None:
             save_model(log.folder / "model.pt", model, stream, config.steps, val_loss)
         processes.barrier()

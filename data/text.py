@@ -5,12 +5,14 @@ library are taken, so a first run needs no download.
     python data/text.py                                  # Python's own sources
     python data/text.py input.txt                        # one document: its last tenth is held out
     python data/text.py corpus/ more.jsonl --encoding gpt2 --out data/mine
+    python data/text.py corpus/ --encoding mine.tiktoken # an own tokenizer: on each line a token in base64, its rank
 
 Writes text_train_000001.bin ... and text_val_000000.bin ... as `train_gpt2.open_shard` describes them. The held-out
 part is whole documents of a seeded shuffle; the training documents keep that shuffled order.
 """
 
 import argparse
+import base64
 import json
 import os
 import shlex
@@ -28,10 +30,14 @@ from tqdm import tqdm
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from train_gpt2 import HEADER_WORDS, SHARD_MAGIC, SHARD_VERSION, Refusal, parse_command_line, tokens_until
+from train_gpt2 import HEADER_WORDS, SHARD_MAGIC, SHARD_VERSION, Refusal, nearest, parse_command_line, tokens_until
 
 DEFAULT_FOLDER = HERE / "text"
 UINT16_VALUES = 2**16
+KNOWN_VOCABULARIES = {"gpt2": 50_257, "r50k_base": 50_257, "p50k_base": 50_281, "p50k_edit": 50_284,
+                      "cl100k_base": 100_277, "o200k_base": 200_019, "o200k_harmony": 201_088}  # of tiktoken's names
+MANY_TOKENS = 2**14  # more make the tables of token pairs in tiny too slow for a CPU
+FITTING = [name for name, vocabulary in KNOWN_VOCABULARIES.items() if vocabulary <= UINT16_VALUES]
 LARGEST_COUNT = 2**31 - 1  # the header holds the token count as int32
 NOT_STANDARD_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idlelib"}
 
@@ -40,7 +46,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Command line. Raises Refusal for bad input; the shards of an earlier run are then untouched."""
     options = parse(arguments)
     folder = options.out
-    encoding = BYTES if options.encoding == "bytes" else gpt2_encoding()
+    encoding = encoding_named(options.encoding)
     try:
         files = list_files(options.paths) if options.paths else standard_library()
         folder.mkdir(parents=True, exist_ok=True)
@@ -64,11 +70,15 @@ def main(arguments: list[str] | None = None) -> None:
     if counts["text_train"] <= max(tiny.row_tokens):
         print(f"too few to train on: a row of tiny has {max(tiny.row_tokens)}")
         return
+    if options.encoding not in ("bytes", "gpt2"):  # which evals/sample.py finds out by itself
+        print(f"vocabulary {encoding.vocabulary:,} with separator {encoding.separator:,}; sample from a model of it "
+              f"with --encoding {shlex.quote(options.encoding)}", end="; ")
     print("train on them with:")
     print(f"python {shlex.quote(shown(HERE.parent / 'train_gpt2.py'))} --preset tiny "
           f"--train-files {shlex.quote(where + '/text_train_*.bin')} "
           f"--val-files {shlex.quote(where + '/text_val_*.bin')}"
-          + " --repeat true" * (counts["text_train"] <= tokens_until(tiny.steps, tiny)))
+          + " --repeat true" * (counts["text_train"] <= tokens_until(tiny.steps, tiny))
+          + " --bigram 0" * (encoding.vocabulary > MANY_TOKENS))
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -77,8 +87,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
                         help="text files, folders, .jsonl or .parquet (default: the Python standard library)")
     parser.add_argument("--out", type=Path, default=DEFAULT_FOLDER, metavar="DIR",
                         help="folder of the shards (default text beside this script)")
-    parser.add_argument("--encoding", choices=["bytes", "gpt2"], default="bytes",
-                        help="bytes: vocabulary 257, needs no download; gpt2: vocabulary 50257 (default bytes)")
+    parser.add_argument("--encoding", default="bytes", metavar="NAME|FILE",
+                        help="bytes: vocabulary 257; a name that tiktoken knows and fetches, as gpt2: vocabulary "
+                             "50257; or a file, X.tiktoken; text is then split by the regular expression in X.pattern "
+                             "where that lies beside it, else as for gpt2 (default bytes)")
     parser.add_argument("--val-fraction", default=0.1, metavar="F",
                         type=number("--val-fraction", float, lambda value: 0 < value < 1, "a fraction between 0 and 1"),
                         help="part of the documents to hold out; of a single one, its last characters (default 0.1)")
@@ -299,31 +311,136 @@ def split(corpus: Corpus, fraction: float, seed: int) -> tuple[Iterable[str], It
 
 
 class Encoding(NamedTuple):
-    """`encode` maps a text to uint16 (T,) tokens below `vocabulary`, none of them `separator`."""
+    """`encode` maps a text to uint16 (T,) tokens below `vocabulary`, none of them `separator`; `decode` maps one token
+    to its bytes, which may be a part of a character."""
 
     vocabulary: int
     separator: int
     encode: Callable[[str], np.ndarray]
+    decode: Callable[[int], bytes] | None = None
 
 
-BYTES = Encoding(257, 256, lambda text: np.frombuffer(text.encode(), np.uint8).astype("<u2"))
+# A command line holds bytes that are not UTF-8 as escaped surrogates; documents have none.
+BYTES = Encoding(257, 256, lambda text: np.frombuffer(text.encode(errors="surrogateescape"), np.uint8).astype("<u2"),
+                 lambda token: bytes([token]))
 
 
-def gpt2_encoding() -> Encoding:
-    """Raises Refusal when the encoding cannot be had or its ids do not fit the shards."""
+def encoding_named(name: str) -> Encoding:
+    """What --encoding says: bytes, a name that tiktoken knows, or a file of ranks. Raises Refusal when it cannot be had
+    or its ids do not fit the shards."""
+    if name == "bytes":
+        return BYTES
     try:
         import tiktoken
     except ImportError:
-        raise Refusal("the package tiktoken is missing, expected by --encoding gpt2: pip install tiktoken") from None
+        raise Refusal(f"the package tiktoken is missing, expected by --encoding {name}: pip install tiktoken") from None
+    names = tiktoken.list_encoding_names()
+    if name not in names:
+        if os.path.isfile(name):
+            return file_encoding(Path(name))
+        what, mend = "is no encoding", f"the nearest is --encoding {nearest(name, ['bytes', *FITTING])}"
+        if Path(name).suffix or os.sep in name:
+            what = "is a folder" if os.path.isdir(name) else "is not there"
+            mend = f"look with: ls {shlex.quote(str(Path(name).parent))}"
+        raise Refusal(f"--encoding {name} {what}, expected bytes, {', '.join(FITTING)} or a .tiktoken file; {mend}")
+    check_fit(name, KNOWN_VOCABULARIES.get(name, 0))  # before it is fetched
     try:
-        gpt2 = tiktoken.get_encoding("gpt2")
+        tokenizer = tiktoken.get_encoding(name)
     except Exception as error:  # noqa: BLE001  the loader lets its HTTP library's errors through
-        raise Refusal(f"cannot load the GPT-2 encoding: {' '.join(str(error).split())[:200]}; run once with a network, "
-                      "set TIKTOKEN_CACHE_DIR to a folder that holds it, or take --encoding bytes") from None
-    if gpt2.n_vocab > UINT16_VALUES:
-        raise Refusal(f"the encoding has a vocabulary of {gpt2.n_vocab}, but shards hold 16-bit tokens, expected at "
-                      f"most {UINT16_VALUES}; take --encoding bytes")
-    return Encoding(gpt2.n_vocab, gpt2.eot_token, lambda text: np.array(gpt2.encode_ordinary(text), "<u2"))
+        raise Refusal(f"cannot load the encoding {name}: {' '.join(str(error).split())[:200]}; run once with a "
+                      "network, or set TIKTOKEN_CACHE_DIR to a folder that holds it (bytes and files need no "
+                      "download)") from None
+    try:
+        separator = tokenizer.eot_token or tokenizer.n_vocab  # 0 in a header means that none is stated
+    except KeyError:  # no end of text among its own: the next id
+        separator = tokenizer.n_vocab
+    check_fit(name, vocabulary := max(tokenizer.n_vocab, separator + 1))
+
+    def decode(token: int) -> bytes:
+        try:
+            return tokenizer.decode_single_token_bytes(token)
+        except KeyError:  # ids may be left out; a model can draw them all the same
+            return "\ufffd".encode()
+
+    return Encoding(vocabulary, separator, lambda text: np.array(tokenizer.encode_ordinary(text), "<u2"), decode)
+
+
+def check_fit(name: str | Path, vocabulary: int) -> None:
+    """Raises Refusal for more ids than 16 bits tell apart. vocabulary: with the separator."""
+    if vocabulary > UINT16_VALUES:
+        raise Refusal(f"--encoding {name} has a vocabulary of {vocabulary} with its separator, but shards hold 16-bit "
+                      f"tokens, expected at most {UINT16_VALUES}; {', '.join(FITTING)} fit, for example: "
+                      f"--encoding {FITTING[0]}")
+
+
+def file_encoding(path: Path) -> Encoding:
+    """The encoding of a file of ranks; its separator is the next id. A pattern, which the file cannot hold, is read
+    from beside it, so that sampling splits text as these shards did. Raises Refusal."""
+    import tiktoken
+    from tiktoken_ext.openai_public import r50k_pat_str
+
+    ranks, beside = read_ranks(path), path.with_suffix(".pattern")
+    check_fit(path, vocabulary := len(ranks) + 1)
+    try:
+        pattern = beside.read_text(encoding="utf-8").rstrip("\r\n") if os.path.exists(beside) else r50k_pat_str
+        tokenizer = tiktoken.Encoding(path.name, pat_str=pattern, mergeable_ranks=ranks,
+                                      special_tokens={"<|endoftext|>": vocabulary - 1})
+    except (OSError, ValueError) as error:
+        raise Refusal(f"{beside} cannot be used: {' '.join(str(error).split())[:200]}; expected a regular expression "
+                      f"of tiktoken's kind; mend it, or split as GPT-2 does: rm {shlex.quote(str(beside))}") from None
+    lengths = np.zeros(vocabulary, np.int64)
+    lengths[list(ranks.values())] = [len(token) for token in ranks]
+
+    def encode(text: str) -> np.ndarray:
+        text = text.encode(errors="surrogateescape").decode(errors="replace")
+        try:
+            tokens = np.array(tokenizer.encode_ordinary(text), "<u2")
+        except BaseException as error:
+            if type(error).__name__ != "PanicException":  # which is tiktoken's own and no Exception
+                raise
+            tokens = None
+        if tokens is None or lengths[tokens].sum() != len(text.encode()):
+            raise Refusal(f"the pattern in {beside} does not split all text, as in the {len(text):,} characters that "
+                          f"begin with {text[:40]!r}; expected one that matches every character and nothing empty; "
+                          f"mend it, or split as GPT-2 does: rm {shlex.quote(str(beside))}")
+        return tokens
+
+    return Encoding(vocabulary, vocabulary - 1, encode, tokenizer.decode_single_token_bytes)
+
+
+def read_ranks(path: Path) -> dict[bytes, int]:
+    """The tokens of a .tiktoken file and their ranks, which are 0, 1, 2 ... in any order. Raises Refusal for others.
+    tiktoken's own reader keeps a copy under the path's name, and would go on with that when the file has changed."""
+    ranks, line_of = {}, {}
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise Refusal(f"--encoding {path} cannot be read: {error.strerror}; mend that or name another file") from None
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            word, rank = line.split()
+            token, rank = base64.b64decode(word, validate=True), int(rank)
+        except ValueError:
+            rank = -1
+        fault = ""
+        if not 0 <= rank < 2**31:
+            fault = f"is {line.decode(errors='replace')[:40]!r}"
+        elif token in ranks or rank in line_of:
+            fault = f"has the {'token' if token in ranks else 'rank'} of line {line_of[ranks.get(token, rank)]}"
+        if fault:
+            raise Refusal(f"{path} line {number} {fault}, expected a token in base64 and its rank, each once, as "
+                          f"'SGk= 300'; look with: sed -n {number}p {shlex.quote(str(path))}")
+        ranks[token], line_of[rank] = rank, number
+    missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
+    gap = next(rank for rank in range(len(ranks) + 1) if rank not in line_of)
+    if missing or gap < len(ranks):
+        fault = ("no token" if not ranks else f"no token for the single byte {missing[0]}" if missing else
+                 f"no rank {gap} though others up to {max(line_of)}")
+        raise Refusal(f"{path} holds {fault}, expected ranks from 0 without a gap, the 256 single bytes among them; "
+                      "write it again with the program that made it, or take --encoding bytes")
+    return ranks
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -92,7 +92,7 @@ def tensors(model: GPT) -> dict[str, Tensor]:
 def main(arguments: list[str] | None = None) -> None:
     """Command line. Raises Refusal for a file that is no checkpoint, a folder that cannot be, a missing package."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a model.pt or checkpoint_*.pt in a run folder")
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a run folder, or a model.pt or checkpoint_*.pt in one")
     parser.add_argument("--out", type=Path, metavar="DIR",
                         help="folder of the three files (default: exported, beside the checkpoint)")
     options = parser.parse_args(arguments)
@@ -101,9 +101,10 @@ def main(arguments: list[str] | None = None) -> None:
     except ImportError:
         raise Refusal("the package safetensors is missing, expected by this command alone: "
                       "pip install safetensors") from None
-    model, saved = script.load_model(options.checkpoint)
-    config, weights, out = description(model, saved), tensors(model), options.out
-    out = out or Path(options.checkpoint).parent / "exported"
+    checkpoint = sample.model_file(options.checkpoint)
+    model, saved = script.load_model(checkpoint)
+    config, weights = description(model, saved), tensors(model)
+    out = options.out or checkpoint.parent / "exported"
     try:
         out.mkdir(parents=True, exist_ok=True)
         save_file(weights, out / "model.safetensors", {"format": "pt"})

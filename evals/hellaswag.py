@@ -2,6 +2,7 @@
 
     python evals/hellaswag.py logs/RUN/model.pt                # all 10,042 items of the validation set
     python evals/hellaswag.py logs/RUN/model.pt --limit 1000   # fewer, spread evenly over it; the error bar grows
+    python evals/hellaswag.py logs/RUN --encoding mine.tiktoken  # the newest of a run, of an own tokenizer
 
 Completion style: each ending follows the context, and its loss is that of its own tokens alone, as their sum (raw) and
 as their mean (length-normalised); the ending with the smallest counts as the answer. The original GPT-2 124M reaches
@@ -121,7 +122,7 @@ def rows_of(item: Item, encode: Callable[[str], list[int]], separator: int, long
 @torch.no_grad()
 def ending_losses(model: GPT, rows: list[tuple], separator: int, windows: tuple[int, int]) -> torch.Tensor:
     """(rows, 2) float64: the summed cross-entropy of each ending's tokens in nats, and its mean over them."""
-    device, longest = model.embedding.device, max(len(tokens) for tokens, _ in rows)
+    device, longest = model.head.device, max(len(tokens) for tokens, _ in rows)
     tokens = torch.full((len(rows), longest), separator, dtype=torch.int32)  # filled up behind, which nothing sees
     ends = torch.zeros(tokens.shape, dtype=torch.bool)
     for row, (text, count) in enumerate(rows):
@@ -154,9 +155,13 @@ def accuracies(model: GPT, items: list[Item], encode: Callable[[str], list[int]]
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Command line. Raises Refusal for what is no checkpoint, for models of bytes, for a set that cannot be had."""
+    """Command line. Raises Refusal for what is no checkpoint, for models of other tokens whose
+    encoding is not given, for a set that cannot be had."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a model.pt or checkpoint_*.pt in a run folder")
+    parser.add_argument("checkpoint", metavar="CHECKPOINT",
+                        help="a model.pt or checkpoint_*.pt, or a run folder: its model.pt, else its newest checkpoint")
+    parser.add_argument("--encoding", metavar="NAME|FILE",
+                        help="what the shards were made with, as for data/text.py (default gpt2)")
     parser.add_argument("--limit", type=int, default=0, metavar="N", help="items, spread evenly (default 0: all)")
     parser.add_argument("--batch", type=int, default=8, metavar="N", help="items at once, four rows each (default 8)")
     parser.add_argument("--file", type=Path, metavar="PATH", help="the validation set, instead of fetching it")
@@ -165,12 +170,15 @@ def main(arguments: list[str] | None = None) -> None:
         if value < least:
             raise Refusal(f"{flag} {value} is out of range: expected {least} or more, for example {flag} 16")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, saved = script.load_model(options.checkpoint, device)
-    if (saved["vocabulary"], saved["separator"]) != (script.GPT2_VOCABULARY, script.GPT2_SEPARATOR):
+    model, saved = script.load_model(sample.model_file(options.checkpoint), device)
+    compares = options.encoding in (None, "gpt2", "r50k_base") and (  # two names of one encoding
+        (saved["vocabulary"], saved["separator"]) == (script.GPT2_VOCABULARY, script.GPT2_SEPARATOR))
+    if not compares and options.encoding is None:
         raise Refusal(f"{options.checkpoint} has a vocabulary of {saved['vocabulary']}, expected GPT-2's tokens, "
                       f"{script.GPT2_VOCABULARY}, for models of bytes and others do not compare; train one on FineWeb, "
-                      "or on text made with: python data/text.py --encoding gpt2")
-    encode, _ = sample.encoding_of(saved["vocabulary"], saved["separator"])
+                      "or on text made with: python data/text.py --encoding gpt2 (or give what its shards were made "
+                      "with: --encoding NAME or --encoding FILE.tiktoken)")
+    encode, _ = sample.encoding_of(saved["vocabulary"], saved["separator"], options.encoding)
     items = read_items(options.file or fetched(DEFAULT_FOLDER))
     whole = len(items)
     if options.limit and options.limit < whole:
@@ -182,7 +190,7 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"HellaSwag, {len(items):,} of {whole:,} items: {raw} raw, {normalised} length-normalised (± one standard "
           "error)")
     print(f"the original GPT-2 124M on all {ITEMS:,}: {GPT2_RAW} % raw, {GPT2_NORMALISED} % length-normalised; chance: "
-          "25 %")
+          "25 %" + "; its tokens are others, so that means over tokens do not compare" * (not compares))
 
 
 if __name__ == "__main__":

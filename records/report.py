@@ -59,6 +59,7 @@ class Run:
     hardware: str
     torch: str
     val_targets: str  # from the notice of a short validation set
+    shards: str  # names, sizes and checksums, as the log has them
     train: list[Point]
     val: list[Point]
 
@@ -117,7 +118,8 @@ def staged_tokens(config: dict, planned: int, given: tuple[int, ...]) -> Callabl
     batch = config.get("tokens_per_step") or given
     if not batch or not planned:
         return lambda step: None
-    shape = replace(Config(), steps=planned, extension=config.get("extension", Config.extension),
+    shape = replace(Config(), steps=planned, stages=config.get("stages", Config.stages),
+                    extension=config.get("extension", Config.extension),
                     tokens_per_step=tuple(batch) if isinstance(batch, list | tuple) else (batch,))
     return lambda step: tokens_until(step, shape)
 
@@ -172,12 +174,13 @@ def read_log(path: Path, given_batch: tuple[int, ...] = ()) -> Run | None:
         average = 1000 * seconds / last
     ordered = [[points[kind][step] for step in sorted(points[kind])] for kind in ("train", "val")]
     notice = re.search(r"^notice: validating on all ([\d,]+) targets", text, re.MULTILINE)
+    shards = re.search(r"^shards (\{.*)$", text, re.MULTILINE)
     torch, machine = TORCH.search(text), hardware_in(text)
     # Ours holds one line of '='; a second stands behind the source of a script that went on with the run.
     changed = bool(configs and RULE.search(text))
     digest = hashlib.sha256(source.removesuffix("\n").encode("utf-8", "replace")).hexdigest()[:12] if source else ""
     return Run(path, "", digest, changed, config, planned, last, seconds, average, machine, torch[1] if torch else "",
-               notice[1] if notice else "", *ordered)
+               notice[1] if notice else "", shards[1] if shards else "", *ordered)
 
 
 def logs_below(folder: Path) -> list[Path]:
@@ -333,6 +336,8 @@ def rule_breaks(runs: list[Run], planned: int | None) -> tuple[list[str], list[s
         unknown.append("a log holds no source, so that the script is not known")
     different = differing_settings(runs)
     data = [name for name in ("train_files", "val_files", "val_tokens") if name in different]
+    if len({run.shards for run in runs if run.shards}) > 1:
+        data.append("shards of the same names with other tokens" if not data else "the shards themselves")
     if data or len({run.val_targets for run in runs if run.config}) > 1:
         against.append(f"the data differ: {', '.join(data) or 'validation sets of different length'}")
     others = [name for name in different if name not in data]

@@ -1,5 +1,6 @@
 """The scripts that make shards: `data/fineweb.py` against a stand-in for the hub, `data/text.py` on generated text."""
 
+import base64
 import errno
 import hashlib
 import http.server
@@ -433,6 +434,196 @@ def test_refuses_an_encoding_that_cannot_be_had_or_does_not_fit(corpus, tmp_path
     monkeypatch.setitem(sys.modules, "tiktoken", None)
     assert "pip install tiktoken" in refused(text_script.main, corpus, "--out", tmp_path / "out", "--encoding", "gpt2")
     assert not (tmp_path / "out").exists()
+
+
+def made_up_encoding(monkeypatch, tokens: int, end_of_text: int | None, name: str = "gpt2") -> None:
+    """Lets tiktoken have an encoding of that many ids under this name: a character is one token."""
+
+    class Encoding(FakeEncoding):
+        n_vocab = tokens
+
+        @property
+        def eot_token(self) -> int:
+            return {"<|endoftext|>": end_of_text}["" if end_of_text is None else "<|endoftext|>"]  # as tiktoken's
+
+        def decode_single_token_bytes(self, token: int) -> bytes:
+            return {1097: b"a"}[token]
+
+    monkeypatch.setattr(tiktoken, "get_encoding", {name: Encoding()}.__getitem__)
+
+
+@pytest.mark.parametrize(("tokens", "end_of_text", "vocabulary", "separator"), [
+    (50_281, 50_256, 50_281, 50_256),  # ids behind the end of text, as in p50k_base
+    (50_000, None, 50_001, 50_000),
+    (50_300, 0, 50_301, 50_300),  # the trainer reads a separator of 0 as none stated
+    (65_536, 65_535, 65_536, 65_535),
+    (65_535, None, 65_536, 65_535)])
+def test_any_name_that_tiktoken_knows(tmp_path, monkeypatch, capsys, tokens, end_of_text, vocabulary, separator):
+    made_up_encoding(monkeypatch, tokens, end_of_text, "p50k_base")
+    (tmp_path / "one.txt").write_text("abcdefghij" * 200)
+    make(tmp_path / "one.txt", "--out", tmp_path / "out", "--encoding", "p50k_base")
+    found = stream(tmp_path / "out", "val", vocabulary, separator)
+    assert found.tolist() == [separator, *[*range(1097, 1107)] * 20]
+    summary, command = capsys.readouterr().out.splitlines()
+    assert f"vocabulary {vocabulary:,} with separator {separator:,}; sample from " in summary
+    assert "--encoding p50k_base" in summary
+    assert command.endswith(" --repeat true --bigram 0")
+    decode = text_script.encoding_named("p50k_base").decode
+    assert [decode(1097), decode(1098)] == [b"a", "\ufffd".encode()]  # the latter is an id that stands for nothing
+
+
+@pytest.mark.parametrize(("tokens", "end_of_text"), [(65_537, 50_256), (65_536, None)])
+def test_refuses_a_name_with_too_many_ids(corpus, tmp_path, monkeypatch, tokens, end_of_text):
+    made_up_encoding(monkeypatch, tokens, end_of_text)
+    line = refused(text_script.main, corpus, "--out", tmp_path / "out", "--encoding", "gpt2")
+    assert "a vocabulary of 65537 " in line
+    assert "at most 65536" in line
+
+
+def test_refuses_names_that_cannot_be_before_anything_is_fetched(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: pytest.fail(f"{name} was fetched"))
+    assert set(text_script.KNOWN_VOCABULARIES) == set(tiktoken.list_encoding_names())
+    too_large = {"cl100k_base": 100_277, "o200k_base": 200_019, "o200k_harmony": 201_088}
+    faults = [(name, f"has a vocabulary of {found} ") for name, found in too_large.items()]
+    faults += [(name, "gpt2, r50k_base, p50k_base, p50k_edit fit") for name in too_large]
+    faults += [("gtp2", "is no encoding, expected bytes, gpt2, "), ("byte", "the nearest is --encoding bytes"),
+               ("", "is no encoding"), ("x" * 5000, "is no encoding"), (tmp_path, "is a folder"),
+               (tmp_path / "no.tiktoken", "is not there"), (tmp_path / "no.tiktoken", f"ls {tmp_path}")]
+    for name, fault in faults:
+        line = refused(text_script.main, corpus, "--out", tmp_path / "out", "--encoding", name)
+        assert line.startswith(f"--encoding {name} ")
+        assert fault in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_name_of_a_separator_in_a_text_is_text(tmp_path, monkeypatch):
+    bytes_alone = {bytes([i]): i for i in range(256)}
+    special = {"<|endoftext|>": 300, "<|fim_prefix|>": 310}
+    tokenizer = tiktoken.Encoding("made up", pat_str=r"[\s\S]", mergeable_ranks=bytes_alone, special_tokens=special)
+    monkeypatch.setattr(tiktoken, "get_encoding", {"p50k_edit": tokenizer}.__getitem__)
+    text = "a<|endoftext|>b<|fim_prefix|>"
+    (tmp_path / "one.txt").write_text(text * 2)
+    make(tmp_path / "one.txt", "--out", tmp_path / "out", "--encoding", "p50k_edit", "--val-fraction", 0.5)
+    for part in ("train", "val"):
+        assert stream(tmp_path / "out", part, 311, 300).tolist() == [300, *text.encode()]
+
+
+def test_gpt2_itself_takes_the_name_of_its_separator_for_text():
+    url = b"https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe"
+    if not (Path(os.environ.get("TIKTOKEN_CACHE_DIR", "none")) / hashlib.sha1(url).hexdigest()).is_file():
+        pytest.skip("needs GPT-2's encoding in TIKTOKEN_CACHE_DIR")
+    gpt2 = text_script.encoding_named("gpt2")
+    assert gpt2[:2] == (50_257, 50_256)
+    tokens = gpt2.encode("a<|endoftext|>b").tolist()
+    assert tokens == [64, 27, 91, 437, 1659, 5239, 91, 29, 65]
+    assert b"".join(map(gpt2.decode, tokens)) == b"a<|endoftext|>b"
+
+
+MERGES = [b"th", b"the", b" the", b"\xe2\x98", b"e ", b"<|", b"nd"]
+
+
+def write_ranks(path: Path, merges: list[bytes] = MERGES) -> Path:
+    """A .tiktoken file: the 256 bytes, the last one first, then `merges`. Its lines are not in order of rank."""
+    tokens = [bytes([255 - i]) for i in range(256)] + merges
+    lines = [f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(tokens)]
+    path.write_text("".join(lines[100:] + lines[:100]))
+    return path
+
+
+def test_text_comes_back_from_the_tokens_of_a_file(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", "")  # its reader, the reference below, then keeps no copy
+    own, out = write_ranks(tmp_path / "my own.tiktoken"), tmp_path / "out"
+    texts = ["the end of the day \u2603", "<|endoftext|>", "a<|endoftext|>\r\n\tb", "\U0001f600 na\u00efve  x\u0663",
+             "x" * 3000]
+    make(write_jsonl(tmp_path / "texts.jsonl", texts), "--out", out, "--encoding", own)
+    separator = 256 + len(MERGES)
+    tokens = np.concatenate([stream(out, part, separator + 1, separator) for part in ("train", "val")])
+    assert np.count_nonzero(tokens == separator) == len(texts)  # and not one more for the text <|endoftext|>
+    ranks = tiktoken.load.load_tiktoken_bpe(str(own))
+    assert set(ranks.values()) == set(range(separator))
+    of_rank = {rank: token for token, rank in ranks.items()}
+    found = [b"".join(of_rank[token] for token in document[1:].tolist())
+             for document in np.split(tokens, np.flatnonzero(tokens == separator))[1:]]
+    assert Counter(found) == Counter(text.encode() for text in texts)
+    encoding = text_script.encoding_named(str(own))
+    assert encoding.encode("the end").tolist() == [ranks[b"the"], ranks[b" "], ranks[b"e"], ranks[b"nd"]]
+    assert encoding.encode("of the").tolist() == [ranks[b"o"], ranks[b"f"], ranks[b" the"]]
+    assert [encoding.decode(token) for token in encoding.encode("\u2603")] == [b"\xe2\x98", b"\x83"]
+    assert encoding.encode("a\udcff").tolist() == encoding.encode("a\ufffd").tolist()  # of a command line
+    assert f"sample from a model of it with --encoding '{own}'; " in capsys.readouterr().out
+
+
+def test_a_file_that_has_changed_is_read_anew(corpus, tmp_path, monkeypatch):
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "cache"))
+    for merges in (MERGES, MERGES[:3]):
+        own = write_ranks(tmp_path / "own.tiktoken", merges)
+        make(corpus, "--out", tmp_path / "out", "--encoding", own)
+        stream(tmp_path / "out", "train", 257 + len(merges), 256 + len(merges))
+
+
+def test_text_is_split_by_the_pattern_beside_the_file(tmp_path):
+    own, beside = write_ranks(tmp_path / "own.tiktoken"), tmp_path / "own.pattern"
+    (tmp_path / "one.txt").write_text("one two " * 100)
+    across = 256 + MERGES.index(b"e ")  # which GPT-2's pattern cuts in two
+
+    def tokens() -> list[int]:
+        make(tmp_path / "one.txt", "--out", tmp_path / "out", "--encoding", own)
+        return stream(tmp_path / "out", "train", 257 + len(MERGES), 256 + len(MERGES)).tolist()
+
+    assert across not in tokens()
+    beside.write_text("[\\s\\S]+\n")
+    assert across in tokens()
+    before = contents(tmp_path / "out")
+    for pattern, fault in (("(((\n", "cannot be used: "), ("\\w+\n", "does not split all text"), ("\\s*", "split all")):
+        beside.write_text(pattern)
+        line = refused(text_script.main, tmp_path / "one.txt", "--out", tmp_path / "out", "--encoding", own)
+        assert fault in line
+        assert line.endswith(f"rm {beside}")
+    assert contents(tmp_path / "out") == before
+
+
+def without(rank: int):
+    return lambda lines: [line for line in lines if not line.endswith(f" {rank}")]
+
+
+def with_line(line: str):
+    return lambda lines: [*lines, line]
+
+
+@pytest.mark.parametrize(("damage", "fault"), [
+    (lambda lines: [], "holds no token,"),
+    (lambda lines: ["", " "], "holds no token,"),
+    (without(255), "no token for the single byte 0,"),
+    (without(258), "no rank 258 though others up to 262,"),
+    (with_line("SGk= 264"), "no rank 263 though others up to 264,"),
+    (with_line("SGk 263"), "line 264 is 'SGk 263',"),
+    (with_line("SG!k= 263"), "line 264 is 'SG!k= 263',"),
+    (with_line("SGk="), "line 264 is 'SGk=',"),
+    (with_line("SGk= 263 1"), "line 264 is 'SGk= 263 1',"),
+    (with_line("SGk= x"), "line 264 is 'SGk= x',"),
+    (with_line("SGk= -1"), "line 264 is 'SGk= -1',"),
+    (with_line("= 263"), "line 264 is '= 263',"),
+    (with_line("dGg= 263"), "line 264 has the token of line 157,"),
+    (with_line("SGk= 256"), "line 264 has the rank of line 157,"),
+    (lambda lines: ["{", '"model": 1}'], "line 1 is '{',"),
+    (lambda lines: ["\x00\xff" * 30], "line 1 is "),
+], ids=["empty", "blank", "byte", "gap", "gap at the end", "cut base64", "bad base64", "no rank", "three words", "word",
+        "negative", "no token", "token twice", "rank twice", "JSON", "binary"])
+def test_refuses_a_damaged_file_of_ranks(corpus, tmp_path, damage, fault):
+    own = write_ranks(tmp_path / "own.tiktoken")
+    own.write_text("\n".join(damage(own.read_text().splitlines())), encoding="latin-1")
+    line = refused(text_script.main, corpus, "--out", tmp_path / "out", "--encoding", own)
+    assert line.startswith(f"{own} ")
+    assert fault in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_of_ranks_may_fill_16_bits_and_no_more(corpus, tmp_path):
+    pairs = [bytes([a, b]) for a in range(256) for b in range(255)]
+    own = write_ranks(tmp_path / "own.tiktoken", pairs[:65_279])
+    assert text_script.encoding_named(str(own))[:2] == (65_536, 65_535)
+    write_ranks(own, pairs[:65_280])
+    assert "a vocabulary of 65537 " in refused(text_script.main, corpus, "--out", tmp_path, "--encoding", own)
 
 
 def test_memory_does_not_grow_with_the_corpus(tmp_path):

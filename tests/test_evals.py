@@ -1,9 +1,11 @@
 """What is done with a model after training: evals/sample.py, hellaswag.py and export.py."""
 
+import base64
 import importlib.util
 import json
 import math
 import random
+import re
 import sys
 import types
 
@@ -11,16 +13,17 @@ import pytest
 import tiktoken
 import torch
 from safetensors.torch import load_file
-from tools import ROOT, small_model, start
+from tools import ROOT, run_here, small_model, start
 
-sys.path.insert(0, str(ROOT / "evals"))
+sys.path[:0] = [str(ROOT / "evals"), str(ROOT / "data")]
 
 import export
 import hellaswag
 import sample
+import text as text_script
 
 import train_gpt2
-from train_gpt2 import Refusal
+from train_gpt2 import Refusal, TokenStream
 
 BYTES = {"vocabulary": 257, "separator": 256}
 GPT2 = {"vocabulary": 50_257, "separator": 50_256}
@@ -222,6 +225,81 @@ def test_gpt2_tokens_become_text_again(tmp_path, capsys, characters):
     assert b"".join(map(decode, encode("é\udcff"))) == b"\xc3\xa9\xff"  # as the terminal hands over bytes
 
 
+@pytest.fixture
+def own(tmp_path):
+    """A tokenizer as a file: the bytes in an order of their own, and a few pieces, one of them half a character."""
+    tokens = [bytes([255 - i]) for i in range(256)] + [b"ing", b" the", "☃".encode()[:2], b"in"]
+    path = tmp_path / "own.tiktoken"
+    path.write_text("".join(f"{base64.b64encode(token).decode()} {i}\n" for i, token in enumerate(tokens)))
+    return path
+
+
+OWN = {"vocabulary": 261, "separator": 260}
+
+
+def test_text_of_an_own_tokenizer_goes_through_shards_training_and_samples(own, tmp_path, capsys):
+    (tmp_path / "text.txt").write_text("sing the song, bring the string ☃ <|endoftext|>\n" * 200)
+    text_script.main([str(tmp_path / "text.txt"), "--out", str(tmp_path), "--encoding", str(own)])
+    stream = TokenStream(str(tmp_path / "text_train_*.bin"))
+    assert {"vocabulary": stream.vocabulary, "separator": stream.separator} == OWN
+    run = run_here(tmp_path, steps=2, layers=2, width=32, repeat=True)
+    saved = train_gpt2.load_model(run / "model.pt")[1]
+    assert {name: saved[name] for name in OWN} == OWN
+    capsys.readouterr()
+    arguments = ["--encoding", str(own), "--prompt", "bring the ☃", "--tokens", "20", "--device", "cpu"]
+    sample.main([str(run), *arguments])
+    written = capsys.readouterr().out
+    assert written.startswith("bring the ☃")
+    sample.main([str(run / "model.pt"), *arguments])
+    assert capsys.readouterr().out == written
+    items = write_items(tmp_path / "items.jsonl", random_items(5))
+    hellaswag.main([str(run), "--encoding", str(own), "--file", str(items)])
+    result, yardstick = capsys.readouterr().out.splitlines()
+    assert result.startswith("HellaSwag, 5 of 5 items: ")
+    assert yardstick.endswith("its tokens are others, so that means over tokens do not compare")
+    assert str(run) in refused(hellaswag.main, run)
+
+
+def test_a_prompt_is_in_the_tokens_of_the_encoding_given(own, tmp_path, capsys, monkeypatch):
+    path, prompts = checkpoint(tmp_path / "model.pt", tokens=OWN), []
+    drawn = [255 - ord("a"), 258, 255 - 0x83, OWN["separator"], 259]
+    monkeypatch.setattr(sample, "generate", lambda *case: iter(prompts.append(case[1]) or drawn))
+    sample.main([str(path), "--encoding", str(own), "--prompt", "ring the☃"])
+    assert prompts == [[260, 255 - ord("r"), 256, 257, 258, 255 - 0x83]]
+    assert capsys.readouterr().out == "ring the☃a☃\n\nin\n"
+
+
+def test_an_encoding_must_be_that_of_the_model(own, tmp_path, characters):
+    path = checkpoint(tmp_path / "model.pt", tokens=OWN)
+    for command in (sample.main, hellaswag.main):
+        assert "--encoding NAME or --encoding FILE" in refused(command, path)
+        line = refused(command, path, "--encoding", "gpt2")
+        assert "--encoding gpt2 has vocabulary 50257 with separator 50256, expected 261 with 260" in line
+        assert "is not there" in refused(command, path, "--encoding", tmp_path / "other.tiktoken")
+        for sizes in ((261, 0), (300, 260)):
+            other = checkpoint(tmp_path / "other.pt", tokens=dict(zip(OWN, sizes, strict=True)))
+            expected = "vocabulary 261 with separator 260, expected {} with {},".format(*sizes)
+            assert expected in refused(command, other, "--encoding", own)
+        line = refused(command, checkpoint(tmp_path / "bytes.pt"), "--encoding", own)
+        assert line.endswith("here --encoding bytes")
+
+
+def test_a_run_folder_stands_for_its_model_or_its_newest_whole_checkpoint(tmp_path, corpus):
+    run = run_here(corpus, steps=6, layers=2, width=32, save_every=2, keep=3, out=tmp_path / "logs")
+    assert sample.model_file(run) == sample.model_file(str(run / "model.pt")) == run / "model.pt"
+    assert "the newest below it is " + str(run) in refused(sample.main, tmp_path / "logs")
+    (run / "model.pt").unlink()
+    newest, older = sorted(run.glob("checkpoint_*.pt"))[:-3:-1]
+    assert sample.model_file(run) == newest
+    whole = newest.read_bytes()
+    newest.write_bytes(whole[:len(whole) // 2])
+    assert sample.model_file(run) == older
+    for path in run.glob("checkpoint_*.pt"):
+        path.unlink()
+    for command in (sample.main, hellaswag.main):
+        assert "neither model.pt nor checkpoint_*.pt" in refused(command, run)
+
+
 def test_sample_refuses_what_it_cannot_do(tmp_path, monkeypatch):
     path = checkpoint(tmp_path / "model.pt")
     for flag, value in (("--tokens", 0), ("--temperature", -1), ("--temperature", "nan"), ("--top-k", -1),
@@ -257,12 +335,12 @@ def random_items(count: int) -> list[dict]:
             for i in range(count)]
 
 
-def brute_force(path, item: dict) -> list[tuple[float, float]]:
+def brute_force(path, item: dict, separator: int = GPT2["separator"]) -> list[tuple[float, float]]:
     """(sum, mean) of the loss of each ending, one row and one token at a time, without padding."""
     losses, loaded = [], train_gpt2.load_model(path)
     for ending in item["endings"]:
         tokens = list((" " + ending).encode())
-        text = ([GPT2["separator"], *item["ctx"].encode()])[-(128 - len(tokens)):] + tokens
+        text = ([separator, *item["ctx"].encode()])[-(128 - len(tokens)):] + tokens
         logits = expected_logits(path, torch.tensor(text, dtype=torch.int32), loaded)
         own = [float(logits[place - 1].logsumexp(0) - logits[place - 1, text[place]])
                for place in range(len(text) - len(tokens), len(text))]
@@ -299,8 +377,25 @@ def test_accuracy_is_that_of_a_brute_force_scorer(gpt2_tokens, tmp_path, capsys,
     result, yardstick = capsys.readouterr().out.splitlines()
     assert result.startswith(f"HellaSwag, 9 of 9 items: {raw} raw, {normalised} length-normalised")
     assert "28.59 % raw, 29.55 % length-normalised" in yardstick and "10,042" in yardstick
+    assert yardstick.endswith("chance: 25 %")
     assert [len(rows) for rows, _ in scored] == [8] * 4 + [4]
     assert max(len(tokens) for rows, _ in scored for tokens, _ in rows) == 128  # one was cut
+
+
+def test_other_tokens_are_scored_when_they_are_asked_for(gpt2_tokens, tmp_path, capsys, monkeypatch):
+    items = random_items(6)
+    path, file = checkpoint(tmp_path / "model.pt", "five-minute"), write_items(tmp_path / "items.jsonl", items)
+    hellaswag.main([str(path), "--file", str(file), "--encoding", "bytes"])
+    expected = [brute_force(path, item, BYTES["separator"]) for item in items]
+    rates = [sum(min(range(4), key=lambda e: four[e][kind]) == item["label"] for four, item in
+                 zip(expected, items, strict=True)) / 6 for kind in (0, 1)]
+    result, yardstick = capsys.readouterr().out.splitlines()
+    assert [float(rate) for rate in re.findall(r"([0-9.]+) % ±", result)] == [round(100 * rate, 2) for rate in rates]
+    assert "do not compare" in yardstick
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: Characters())
+    for name, compares in (("gpt2", True), ("r50k_base", True), ("p50k_base", False)):  # of one size, for the test
+        hellaswag.main([str(gpt2_tokens), "--file", str(file), "--encoding", name, "--limit", "1"])
+        assert ("do not compare" not in capsys.readouterr().out) == compares
 
 
 def test_limit_takes_items_from_all_over_the_set(gpt2_tokens, tmp_path, capsys, characters, monkeypatch):

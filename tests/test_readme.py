@@ -54,8 +54,9 @@ COMMANDS = {
     'python evals/sample.py logs/RUN/model.pt --prompt "def " --prompt "class " --top-k 40': "--tokens 20",
     "python evals/hellaswag.py logs/RUN/model.pt": NEEDS_NETWORK,
     "python evals/export.py logs/RUN/model.pt": "",
-    "python data/text.py notes/ book.txt more.jsonl --out data/mine": "",
     "python data/text.py input.txt --out data/shakespeare": "",
+    "python data/text.py book.txt --out data/mine": "",
+    'python evals/sample.py logs/RUN --prompt "ROMEO:"': "--tokens 20",
     "python records/timing.py --preset five-minute --tokens-per-step 16384 --row-tokens 1024": "takes minutes",
     "python train_gpt2.py --tokens-per-step 16384 --row-tokens 1024": "takes hours",
     "python records/timing.py --preset tiny": FEW_STEPS,
@@ -79,6 +80,8 @@ COMMANDS = {
         "verify --target 1.9076 --planned N RUN...", "compare A B", "plot OUT.png RUN...", "band RUN", "band logs/RUN",
         "OPTIONS")},
 }
+MINE = "--train-files 'data/mine/text_train_*.bin' --val-files 'data/mine/text_val_*.bin'"
+COMMANDS[f"python train_gpt2.py --preset tiny {MINE}"] = f"{SHORT} --repeat true"
 SHAKESPEARE = "--train-files 'data/shakespeare/*train*.bin' --val-files 'data/shakespeare/*val*.bin'"
 COMMANDS |= {f"python train_gpt2.py --preset tiny {options}{SHAKESPEARE}": "--steps 2 --val-tokens 2048 --width 32"
              for options in ("", "--val-every 10 ")}
@@ -143,8 +146,9 @@ def test_command(command, copy):
         assert "final val_loss" in output and "a sample of what it learned" in output and "def " in output
         return
     runs = sorted((copy / "logs").glob("*/model.pt"))
-    output = run(f"{command} {COMMANDS[command]}".replace("logs/RUN/model.pt", str(runs[-1]) if runs else ""), copy)
-    expected = {"check": "ok: this machine", "train_gpt2.py --help": "--tokens-per-step", "sample.py": "def ",
+    output = run(f"{command} {COMMANDS[command]}".replace("logs/RUN", str(runs[-1].parent) if runs else ""), copy)
+    expected = {"check": "ok: this machine", "train_gpt2.py --help": "--tokens-per-step",
+                "sample.py logs/RUN/model.pt": "def ", "sample.py logs/RUN --": "ROMEO:",
                 "train_gpt2.py --preset": "final val_loss", "text.py": "train on them with", "timing.py": "memory",
                 "doctor": "ready to train", "export.py": "model.safetensors",
                 "parts.py": "million tokens/s", "ladder.py --": "ladder.md"}
