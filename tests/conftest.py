@@ -1,4 +1,5 @@
-"""Tests import the script from the repository root. Those marked slow are left out unless asked for with `-m slow`."""
+"""Tests import the script from the repository root. Those marked slow or gpu are left out unless asked for with
+`-m slow` or `-m gpu`."""
 
 import os
 import sys
@@ -21,12 +22,13 @@ def corpus(tmp_path_factory):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes more than some 20 seconds; runs only with -m slow")
+    config.addinivalue_line("markers", "gpu: needs a GPU; runs only with -m gpu")
 
 
 def pytest_collection_modifyitems(config, items):
     if config.getoption("markexpr"):
         return
-    slow = [item for item in items if item.get_closest_marker("slow")]
-    if slow:
-        items[:] = [item for item in items if item not in slow]
-        config.hook.pytest_deselected(items=slow)
+    left_out = [item for item in items if item.get_closest_marker("slow") or item.get_closest_marker("gpu")]
+    if left_out:
+        items[:] = [item for item in items if item not in left_out]
+        config.hook.pytest_deselected(items=left_out)

@@ -1,0 +1,110 @@
+#!/usr/bin/env bash
+# What only a GPU can show, in one command: tests, step times, a short run, the costliest kernels. It installs nothing.
+#
+#   tests/gpu.sh [--corpus DIR] [--out DIR] [--only STEP,...] [--peers DIR] [--patience N] [--device cpu]
+#
+#   --corpus    shards *_train_*.bin and *_val_*.bin; without, times are those of made-up tokens and nothing is trained
+#   --out       where logs and the table go (default logs/gpu-DATE)
+#   --only      some of: tests, time-five-minute, time-gpt2, time-gpt2-warm, training, kernels, peers
+#   --peers     files *.args, each with options of records/side_by_side.py, one a line, as seen from that folder
+#   --patience  limits times N: on one H200 they add up to nine minutes (five more for each comparison)
+#   --device    cpu: the same steps in small, to try this script
+#
+# Each step has a limit and a log of its own; what fails hides nothing of the rest. Exit status 1 if a step has failed.
+set -uo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+corpus="" out="" only="" peers="" patience=1 device=cuda
+
+refuse() { echo "gpu.sh: $*" >&2; exit 2; }
+
+while [[ $# -gt 0 ]]; do
+    case "$1" in
+    --corpus | --out | --only | --peers | --patience | --device)
+        [[ $# -ge 2 && -n "$2" ]] || refuse "$1 needs a value (tests/gpu.sh --help)"
+        printf -v "${1#--}" %s "$2"
+        shift 2 ;;
+    -h | --help) sed -n '2,/^set/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
+    *) refuse "unknown option $1; expected --corpus, --out, --only, --peers, --patience or --device" ;;
+    esac
+done
+[[ "$device" == cuda || "$device" == cpu ]] || refuse "--device $device is not one of cuda, cpu; give --device cpu"
+[[ "$patience" =~ ^[0-9]*\.?[0-9]+$ ]] || refuse "--patience $patience is not a number; for example --patience 2"
+for folder in "$corpus" "$peers"; do
+    [[ -z "$folder" || -d "$folder" ]] || refuse "$folder is no folder; give one that exists with --corpus or --peers"
+done
+python=python3  # the environment that is active, else .venv as run.sh makes it, else what the machine has
+if [[ -n "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]]; then python=python; elif [[ -x $root/.venv/bin/python ]]; then
+    python=$root/.venv/bin/python
+fi
+found=$("$python" -c 'import torch; print(torch.cuda.device_count())' 2>/dev/null) ||
+    refuse "$python cannot import torch; activate an environment that has it, or run ./run.sh doctor"
+[[ "$device" == cpu || "$found" -gt 0 ]] || refuse "torch sees no GPU; ./run.sh doctor tells why; or give --device cpu"
+out=${out:-$root/logs/gpu-$(date +%Y%m%d-%H%M%S)}
+mkdir -p "$out" 2>/dev/null || refuse "cannot make $out; name a writable place with --out DIR"
+out=$(cd "$out" && pwd) corpus=${corpus:+$(cd "$corpus" && pwd)} peers=${peers:+$(cd "$peers" && pwd)}
+cd "$root" || exit
+
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+export TORCHINDUCTOR_CACHE_DIR=$scratch/cache TRITON_CACHE_DIR=$scratch/triton  # empty: the first to compile is cold
+{ date; "$python" -c 'import sys, torch; print(sys.version, torch.__version__, torch.version.cuda)'
+  nvidia-smi; git log -1 --format=%H; } >"$out/machine.txt" 2>&1 || true
+
+launch=("$python") parallel=() data=() sizes=() tests=(-m gpu tests)
+run=(--steps 40 --val-every 10 --val-tokens 1048576)
+for count in 2 4 8; do  # as many as can share the rows of a step
+    [[ "$found" -lt $count ]] || launch=("$python" -m torch.distributed.run --standalone --nproc_per_node="$count")
+done
+if [[ "$device" == cpu ]]; then
+    launch=("$python") tests=(-m "not gpu" -k layouts tests/test_gpu.py) run=(--steps 8 --val-every 4 --val-tokens 512)
+    sizes=(--device cpu --dtype float32 --width 32 --heads 2 --tokens-per-step 512 --row-tokens 128 --val-row-tokens 128
+           --window 64 --window-short 32 --loss-chunk 128)
+elif "$python" -c 'import xdist' 2>/dev/null; then
+    parallel=(-n 4)  # compiling keeps processors busy, not the GPU
+fi
+[[ -z "$corpus" ]] || data=(--train-files "$corpus/*_train_*.bin" --val-files "$corpus/*_val_*.bin")
+
+rows=() failed=0
+step() {  # name, limit in seconds, how sed finds its figures in the log, command
+    local name=$1 limit=$2 figures=$3 log=$out/$1.log begin=$SECONDS state=ok status
+    shift 3
+    [[ -z "$only" || ",$only," == *",${name/peers-*/peers},"* ]] || return 0
+    echo "==> $name"
+    timeout --kill-after=20 "$(awk "BEGIN { print $limit * $patience }")" "$@" >"$log" 2>&1
+    status=$?
+    case $status in 0) ;; 124 | 137) state=TIMEOUT failed=1 ;; *) state=FAILED failed=1 ;; esac
+    rows+=("$(printf '%-18s %-8s %4d  %s' "$name" $state $((SECONDS - begin)) \
+        "$(sed -nE "$figures" "$log" | tr -s ' ' | paste -sd';' | cut -c1-150)")")
+    [[ $state == ok ]] || rows+=("$(printf '%-34s%s' "" "see $log: $(tail -n 1 "$log" | cut -c1-100)")")
+}
+times='s/^(compiled in [0-9.]+ s|ms\/step  .*)(, untimed)?$/\1/p'
+paces='s/^\| ([^| ]+-[0-9]+) *(\|[^|]*){3}\| *([0-9.]+) .*/\1 \3 ms per 1,000 tokens/p'
+
+step tests 170 's/^=* ?([0-9].*(passed|failed|error|skipped).*) in .*/\1/p' \
+    "$python" -m pytest -v -rs --tb=short -p no:cacheprovider ${parallel[@]+"${parallel[@]}"} "${tests[@]}"
+step time-five-minute 70 "$times" "${launch[@]}" records/timing.py --preset five-minute "${sizes[@]}" "${data[@]}" \
+    --json "$out/five-minute.json"
+step time-gpt2 110 "$times" "${launch[@]}" records/timing.py "${sizes[@]}" "${data[@]}" --json "$out/gpt2.json"
+step time-gpt2-warm 50 "$times" "${launch[@]}" records/timing.py "${sizes[@]}" "${data[@]}" --timed-steps 2
+if [[ -n "$corpus" ]]; then
+    step training 75 's/.* val_loss:([0-9.naif]+) train_time:([0-9]+)ms.*/\1 at \2 ms/p' \
+        "${launch[@]}" train_gpt2.py "${sizes[@]}" "${data[@]}" "${run[@]}" --repeat true --out "$scratch/runs"
+    cp "$scratch"/runs/*/log.txt "$out/run.txt" 2>/dev/null
+    cp "$scratch"/runs/*/metrics.jsonl "$out/run.jsonl" 2>/dev/null
+elif [[ -z "$only" || ",$only," == *,training,* ]]; then
+    rows+=("training           skipped        no --corpus")
+fi
+step kernels 55 's/^(step .*%).*/\1/p' \
+    "$python" records/kernels.py "${sizes[@]}" "${data[@]}" --stage last --trace "$out/kernels.json.gz"
+for file in ${peers:+"$peers"/*.args}; do
+    mapfile -t arguments <"$file"
+    step "peers-$(basename "$file" .args)" 300 "$paces" env -C "$peers" "$python" "$root/records/side_by_side.py" \
+        "${arguments[@]}" --corpus "$corpus" --work "$scratch/peers" --out "$out/$(basename "$file" .args)"
+done
+
+[[ ${#rows[@]} -gt 0 ]] || refuse "--only $only names no step; tests/gpu.sh --help lists them"
+{
+    printf '\n%-18s %-8s %4s  %s\n' step state s figures
+    printf '%s\n' "${rows[@]}" "logs in $out"
+} | tee "$out/table.txt"
+exit $failed
