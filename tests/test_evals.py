@@ -30,7 +30,8 @@ GPT2 = {"vocabulary": 50_257, "separator": 50_256}
 # Every recipe with rows of 128, so that its file is one that load_model takes.
 RECIPES = {
     "five-minute": {"preset": "five-minute", "row_tokens": (128,), "val_row_tokens": 128},
-    "gpt2": {"preset": "gpt2", "row_tokens": (128,), "val_row_tokens": 128},
+    **{preset: {"preset": preset, "row_tokens": (128,), "val_row_tokens": 128}
+       for preset in ("gpt2", "gpt2-medium", "gpt2-xl")},
     "tiny": {"preset": "tiny", "layers": 3, "heads": 2, "width": 32, "row_tokens": (128,), "val_row_tokens": 128,
              "window": (70,), "window_short": (70,)}}
 CLOSE = {torch.float64: 1e-10, torch.float32: 1e-4}
@@ -92,12 +93,13 @@ def characters(monkeypatch):
 @pytest.mark.parametrize("dtype", CLOSE)
 @pytest.mark.parametrize("recipe, step, changes", [
     ("five-minute", 0, {}), ("tiny", 0, {}), ("tiny", 0, {"cross_document": False}), ("gpt2", 0, {}),
+    ("gpt2-medium", 0, {}), ("gpt2-medium", 4740, {}), ("gpt2-xl", 0, {}),
     ("gpt2", 800, {"cross_document": False}), ("gpt2", 1600, {}), ("gpt2", 1600, {"value_gates": False,
                                                                                  "x0_shortcut": False, "window": (37,),
                                                                                  "window_short": (9,)})])
 def test_logits_with_the_cache_are_those_without_at_every_position(recipe, step, changes, dtype):
     model = small_model(50, dtype, 0.3, **RECIPES[recipe] | changes)
-    model.tied = recipe == "gpt2" and step <= 1000
+    model.tied = step - 1 <= train_gpt2.last_tied_step(model.config)
     model.enter_stage(train_gpt2.stage_of(step, model.config))
     windows, tokens = train_gpt2.windows_at(step, model.config), texts(2, 128, 49)
     with torch.no_grad():
@@ -489,7 +491,8 @@ def test_an_exported_model_gives_the_same_logits_in_a_clean_process(tmp_path, ca
     cases, tokens = [], texts(1, 128, 256)[0]
     kinds = [("five-minute", None, torch.float32, {}), ("tiny", None, torch.float32, {}),
              ("gpt2", 0, torch.float64, {}), ("gpt2", None, torch.float64, {"cross_document": False}),
-             ("gpt2", 800, torch.float32, {}), ("five-minute", None, torch.bfloat16, {}),
+             ("gpt2-medium", 0, torch.float64, {}), ("gpt2-medium", None, torch.float32, {}),
+             ("gpt2-xl", None, torch.float64, {}), ("gpt2", 800, torch.float32, {}), ("five-minute", None, torch.bfloat16, {}),
              ("tiny", None, torch.float64, {"softcap": (0.0, 1.0, 0.0), "qk_norm": False, "x0_shortcut": False})]
     for number, (recipe, step, dtype, changes) in enumerate(kinds):
         path, folder = checkpoint(tmp_path / f"{number}.pt", recipe, step, dtype, **changes), tmp_path / str(number)
