@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import train_gpt2
+from test_presets import SIBLINGS
 from tools import (
     RECIPE,
     ROOT,
@@ -33,6 +34,10 @@ SIX_ROWS = {**EXACT, "shuffle": "false", "layers": 2, "tokens_per_step": 768, "s
 # The hundred-second recipe: two steps in each stage and two in the extension, embedding and head untied after four. The
 # embedding and the other Adam groups are updated twice from there on, Muon in every step.
 DROP = {**RECIPE, "dtype": "float64", "steps": 8, "tied_until": 0.5, "val_every": 3, "repeat": "true"}
+# The larger models: 26 gates, 16 and 8 layers of them for three processes, six rows to each step.
+LARGER = [{**{name: COMMON[name] for name in ("val_every", "val_tokens", "val_row_tokens", "device", "compile")},
+           **SIBLINGS[preset], "preset": preset, "dtype": "float64", "steps": 6, "extension": 0, "tokens_per_step": 768,
+           "row_tokens": 128, "repeat": "true"} for preset in SIBLINGS]
 CONTINUE = {**DROP, "long_documents": "continue", "cross_document": "false", "micro_tokens": 400}
 MICRO_ROWS = [1, 3, 4]
 
@@ -115,10 +120,12 @@ def test_the_log_states_the_number_of_processes(together):
 
 
 def test_groups_that_do_not_divide_are_padded(corpus, alone, tmp_path):
-    (run,), validated = run_together(corpus, alone, tmp_path, 3, [SIX_ROWS])
-    assert_same_run(run, alone(SIX_ROWS))
-    loss = losses(run, "val_loss")[-1]
-    assert list(validated[str(alone(SIX_ROWS) / "model.pt")].values()) == [pytest.approx(loss, rel=1e-9)] * 3
+    many = [SIX_ROWS, *LARGER]
+    runs, validated = run_together(corpus, alone, tmp_path, 3, many)
+    for run, settings in zip(runs, many, strict=True):
+        assert_same_run(run, alone(settings))
+        loss = losses(run, "val_loss")[-1]
+        assert list(validated[str(alone(settings) / "model.pt")].values()) == [pytest.approx(loss, rel=1e-9)] * 3
 
 
 def test_torchrun_on_the_script_itself(corpus, alone, tmp_path):
