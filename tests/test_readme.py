@@ -53,6 +53,7 @@ COMMANDS = {
     "python data/text.py input.txt --out data/shakespeare": "",
     "python data/text.py book.txt --out data/mine": "",
     'python evals/sample.py logs/RUN --prompt "ROMEO:"': "--tokens 20",
+    'python evals/sample.py logs/RUN --prompt "class Reader:" --tokens 420 --temperature 0.7 --seed 3': "--top-k 5",
     "python records/timing.py --preset tiny": FEW_STEPS,
     "python records/timing.py --memory-only true --recompute true": "",
     f"python records/ladder.py {TEXT_FILES} --steps 160 --seeds 3 --leave-one-out --jobs 2": FEW_RUNS,
@@ -72,6 +73,9 @@ COMMANDS = {
     "python records/side_by_side.py --corpus DIR --ours NAME=OPTIONS --peer NAME=FILE --batch NAME=TOKENS --out ENTRY":
     "a placeholder",
     "python records/bench.py A B": "a placeholder",
+    "python records/report.py plot records/runs.png records/2026-11-24_hundred-second_tiny_2-core_cpu "
+    "records/2026-11-24_tiny_shakespeare_2-core_cpu": "",
+    "./run.sh --seed 1": "is ./run.sh",
     **{f"python records/bench.py {rest}": "needs the history of this repository, which a copy has not" for rest in (
         "HEAD~1 HEAD", "main . --rounds 10 --json ab.json", "'python old.py' 'python new.py'")},
     "python records/timing.py OPTIONS": "a placeholder",
@@ -146,7 +150,7 @@ def test_command(command, copy):
     runs = sorted((copy / "logs").glob("*/model.pt"))
     output = run(f"{command} {COMMANDS[command]}".replace("logs/RUN", str(runs[-1].parent) if runs else ""), copy)
     expected = {"check": "ok: this machine", "train_gpt2.py --help": "--tokens-per-step",
-                "sample.py logs/RUN/model.pt": "def ", "sample.py logs/RUN --": "ROMEO:",
+                "sample.py logs/RUN/model.pt": "def ", "logs/RUN --prompt \"ROMEO:": "ROMEO:",
                 "train_gpt2.py --preset": "final val_loss", "text.py": "train on them with", "timing.py": "memory",
                 "doctor": "ready to train", "export.py": "model.safetensors",
                 "parts.py": "million tokens/s", "ladder.py --": "ladder.md"}
