@@ -31,9 +31,9 @@ INSTALL = "python -m pip install -r requirements.txt"
 try:
     import torch
     from timing import MIB, best_of, doubled, predicted_memory
-    from train_gpt2 import (GPT2_VOCABULARY, HEAD_UNIT, Config, Processes, Refusal, attend, block_mask, check_processes,
-                            compute_dtype, first_visible_key, float8, float8_head, loss_of_chunk, open_data, open_shard,
-                            parse_command_line, read_tokens, span_mask)
+    from train_gpt2 import (GPT2_VOCABULARY, HEAD_UNIT, PRESETS, Config, Processes, Refusal, attend, block_mask,
+                            check_processes, compute_dtype, first_visible_key, float8, float8_head, loss_of_chunk,
+                            open_data, open_shard, parse_command_line, read_tokens, span_mask)
 except Exception as broken:  # a missing or damaged package, a Python that is too old
     sys.exit(f"mend     software: Python {sys.version.split()[0]} cannot import the trainer: "
              f"{' '.join(str(broken).split())}; with Python 3.10 or newer: {INSTALL}")
@@ -265,6 +265,8 @@ def float8_products(config: Config, gpus: int) -> Finding:
 
 
 def data(config: Config, gpus: int) -> Finding:
+    if config.train_files == PRESETS["tiny"]["train_files"] and not glob.glob(config.train_files):
+        return "skipped", "no text yet: ./run.sh makes shards of Python's own sources, python data/text.py of any text"
     train, val, targets = open_data(config)
     for shard in {shard for stream in (train, val) for shard in (stream.shards[0], stream.shards[-1])}:
         for at in range(0, shard.tokens, 1 << 22):

@@ -312,6 +312,16 @@ def test_a_gpu_without_float8_is_no_fault(tmp_path, monkeypatch):
 # Data, disk, compiler, host.
 
 
+def test_text_that_run_sh_would_make_is_not_missed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tiny = train_gpt2.parse_command_line(["--preset", "tiny"])
+    says(doctor.data(tiny, 0), "skipped", "./run.sh makes shards")
+    (tmp_path / "data" / "text").mkdir(parents=True)
+    (tmp_path / "data" / "text" / "text_train_000001.bin").touch()  # what is there is looked at
+    with pytest.raises(train_gpt2.Refusal):
+        doctor.data(tiny, 0)
+
+
 def test_whole_shards_that_suffice_are_ok(config):
     says(doctor.data(config, 0), "ok", "3 training shard(s), 21,000 tokens, enough for 8 steps",
          "2 validation shard(s), 2,000 targets")
@@ -468,4 +478,4 @@ def test_the_whole_tool_on_a_good_and_on_a_bad_machine(tmp_path, capfd):
 def test_bad_options_are_one_line():
     wrong = start([ROOT / "records" / "doctor.py", "--preset", "huge"])
     assert wrong.returncode == 1 and not wrong.stdout
-    assert wrong.stderr == "--preset huge is not one of gpt2, five-minute, gpt2-medium, gpt2-xl, tiny; the nearest is --preset gpt2\n"
+    assert wrong.stderr == "--preset huge is not one of gpt2, five-minute, gpt2-medium, gpt2-xl, tiny; the nearest is --preset gpt2-medium\n"
