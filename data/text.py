@@ -47,6 +47,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     folder = options.out
     encoding = encoding_named(options.encoding)
+    is_new = not folder.exists()
     try:
         files = list_files(options.paths) if options.paths else standard_library()
         folder.mkdir(parents=True, exist_ok=True)
@@ -61,6 +62,9 @@ def main(arguments: list[str] | None = None) -> None:
     except OSError as error:
         raise Refusal(f"cannot go on at {error.filename or folder}: {error.strerror}; mend that or name another folder "
                       "with --out") from None
+    finally:
+        if is_new and folder.is_dir() and not any(folder.iterdir()):  # nothing came of it
+            folder.rmdir()
     for reason, paths in sorted(corpus.skipped.items()):
         print(f"skipped {len(paths):,} file{'s' * (len(paths) > 1)}: {reason} ({paths[0]}{', ...' * (len(paths) > 1)})")
     where = shown(folder)
@@ -209,7 +213,8 @@ def list_documents(files: list[Path], spool: BinaryIO) -> Corpus:
     if not corpus.source:
         skipped = "".join(f", {paths[0]} is {reason}" for reason, paths in corpus.skipped.items())
         change = "; another encoding is changed with: iconv -f LATIN1 -t UTF-8" * ("not UTF-8" in corpus.skipped)
-        raise Refusal(f"no text found in {len(files)} files{skipped}; expected UTF-8 text, .jsonl or .parquet{change}")
+        raise Refusal(f"no text found in {len(files)} file{'s' * (len(files) != 1)}{skipped}; expected UTF-8 text, "
+                      f".jsonl or .parquet{change}")
     return corpus
 
 

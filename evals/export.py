@@ -92,7 +92,7 @@ def tensors(model: GPT) -> dict[str, Tensor]:
 def main(arguments: list[str] | None = None) -> None:
     """Command line. Raises Refusal for a file that is no checkpoint, a folder that cannot be, a missing package."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a run folder, or a model.pt or checkpoint_*.pt in one")
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a run folder, or model.pt or checkpoint_*.pt in one")
     parser.add_argument("--out", type=Path, metavar="DIR",
                         help="folder of the three files (default: exported, beside the checkpoint)")
     options = parser.parse_args(arguments)

@@ -64,6 +64,9 @@ class Model:
         """(T,) token numbers -> (T, V): row t is about the token that follows number t. Training had texts of up to
         config["longest_text"] tokens."""
         config, weights = self.config, self.weights
+        if tokens.dim() != 1 or not all(0 <= token < config["vocabulary"] for token in tokens.tolist() or [-1]):
+            raise ValueError(f"expected (T,) token numbers from 0 to {config['vocabulary'] - 1}, one or more; found "
+                             f"{tuple(tokens.shape)}: {str(tokens.tolist())[:60]}")
         tokens = tokens.to(weights["head"].device).long()
         starts = tokens == config["separator"]
         alone = torch.zeros_like(starts) if config["looks_over_documents"] else starts.clone()

@@ -266,7 +266,7 @@ def main(arguments: list[str] | None = None) -> None:
     for name, (low, high, example) in limits.items():
         value, flag = getattr(options, name), "--" + name.replace("_", "-")
         if not low <= value <= high:
-            raise Refusal(f"{flag} {value} is out of range: expected {low} to {high:g}, for example {flag} {example}")
+            raise Refusal(f"{flag} {value} is out of range: expected {low} to {high:.0f}, for example {flag} {example}")
     if options.device == "cuda" and not torch.cuda.is_available():
         raise Refusal("--device cuda, but torch finds no GPU here; give --device cpu")
     device = "cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu"

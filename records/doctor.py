@@ -30,7 +30,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 INSTALL = "python -m pip install -r requirements.txt"
 try:
     import torch
-    from timing import MIB, best_of, doubled, predicted_memory
+    from timing import MIB, best_of, doubled, free_memory, predicted_memory
     from train_gpt2 import (GPT2_VOCABULARY, HEAD_UNIT, PRESETS, Config, Processes, Refusal, attend, block_mask,
                             check_processes, compute_dtype, first_visible_key, float8, float8_head, loss_of_chunk,
                             open_data, open_shard, parse_command_line, read_tokens, span_mask)
@@ -311,12 +311,8 @@ def compiler(config: Config, gpus: int) -> Finding:
 
 
 def host(config: Config, gpus: int) -> Finding:
-    world, free = max(1, gpus), math.nan
+    world, free = max(1, gpus), free_memory()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    with contextlib.suppress(OSError, ValueError):
-        meminfo = Path("/proc/meminfo").read_text().split()
-        free = 1024 * int(meminfo[meminfo.index("MemAvailable:") + 1])
-        free = min(free, int(Path("/sys/fs/cgroup/memory.max").read_text()))  # of a container, "max" without a limit
     parts, shared = sizes(config, gpus, world), math.nan
     with contextlib.suppress(OSError):
         shared = shutil.disk_usage("/dev/shm").total

@@ -1,11 +1,11 @@
 """Where the time of a training step goes on the device, kernel by kernel.
 
     python records/kernels.py --preset gpt2 --stage last            # on a GPU: its ten costliest kernels
-    python records/kernels.py --preset tiny --trace tiny.json.gz    # on a CPU: operators in place of kernels
+    python records/kernels.py --preset tiny                         # on a CPU: operators in place of kernels
 
 Options are those of train_gpt2.py, --stage N|last (default last, the last one before the extension) and --trace FILE
-(default kernels.json.gz, for chrome://tracing or ui.perfetto.dev). Rows come from --train-files where these exist,
-else they are made-up GPT-2 tokens. Four steps compile, then the profiler sees twice as many as Adam needs for one
+(default logs/kernels.json.gz, for chrome://tracing or ui.perfetto.dev). Rows come from --train-files where these exist,
+else they are made up. Four steps compile, then the profiler sees twice as many as Adam needs for one
 update, and the second half of these counts: by then the host has run ahead of the device, as in training.
 
 Figures are per step, of what was launched in those. The span lasts from the begin of the first kernel to the end of the
@@ -31,6 +31,7 @@ import timing
 import train_gpt2
 from train_gpt2 import Config, Processes, Refusal
 
+DEFAULT_TRACE = "logs/kernels.json.gz"
 COMPILING, COUNTED = 4, "steps that count"  # steps before the profiler; the mark in the trace of those that count
 WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMemcpy", "aten::item")
 
@@ -127,13 +128,15 @@ def recorded(config: Config, stage: int, path: str, processes: Processes) -> int
 def main(arguments: list[str] | None = None) -> dict:
     """The command line. Returns the figures."""
     stage, words = timing.take_option(sys.argv[1:] if arguments is None else arguments, "--stage", "last")
-    path, words = timing.take_option(words, "--trace", "kernels.json.gz")
+    path, words = timing.take_option(words, "--trace", DEFAULT_TRACE)
     if stage != "last" and not stage.isdecimal():
         raise Refusal(f"--stage {stage} is neither a number nor last; the nearest is --stage last")
     if {"-h", "--help"} & {*words}:
         print(__doc__)
     config = train_gpt2.parse_command_line(words)
     try:
+        if path == DEFAULT_TRACE:
+            Path(path).parent.mkdir(exist_ok=True)
         open(path, "ab").close()
     except OSError as error:
         raise Refusal(f"cannot write {path}: {error.strerror}; name a writable place with --trace FILE") from None

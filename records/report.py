@@ -363,6 +363,12 @@ def verify(options: argparse.Namespace) -> int:
     losses = [run.val[-1].loss for run in finished]
     known = options.spread or KNOWN_SPREAD.get(finished[0].config.get("preset"), KNOWN_SPREAD["gpt2"])
     against, unknown = rule_breaks(runs, options.planned)
+    if options.target == SPEEDRUN_TARGET:
+        others = [run for run in runs if not on_fineweb(run)
+                  or run.val_targets or run.config.get("val_tokens", VAL_TOKENS) != VAL_TOKENS]
+        if others:
+            against.append(f"the target {SPEEDRUN_TARGET:g} is for the first {VAL_TOKENS:,} validation tokens of "
+                           f"FineWeb, {others[0].name} has others: name the --target of its data")
     diverged = [run.name for run in finished if not math.isfinite(run.val[-1].loss)]
     if diverged:
         print(f"no: {', '.join(diverged)} ended without a finite loss")
@@ -525,6 +531,7 @@ def compare(options: argparse.Namespace) -> int:
 # Reference curves and the band around them.
 
 # The record whose recipe a preset is, or, of a larger model, the run that it follows.
+SPEEDRUN_TARGET, VAL_TOKENS = 3.28, Config.val_tokens
 REFERENCE = {"five-minute": 12, "gpt2": 62, "gpt2-medium": "gpt2-medium", "gpt2-xl": "gpt2-xl"}
 # Spread of the final losses of several runs of a record. Record 62 has ranges of six runs at each validation instead.
 # That of gpt2-xl is how far its run and a shorter one lie apart where both have the same rates.
@@ -691,10 +698,12 @@ def grouped(runs: list[Run]) -> dict[str, list[Run]]:
         key = json.dumps([run.script, settings, run.planned], sort_keys=True) if run.script else str(run.path)
         groups.setdefault(key, []).append(run)
     labels: dict[str, list[Run]] = {}
-    for group in groups.values():
-        first, count = group[0], len(group)
-        of = first.config.get("preset") or first.path.parent.name
-        label = short(f"{of}, {first.planned} steps, {count} runs" if count > 1 else first.name)
+    plain = [short(f"{group[0].config.get('preset') or group[0].path.parent.name}, {group[0].planned} steps, "
+                   f"{len(group)} runs" if len(group) > 1 else group[0].name) for group in groups.values()]
+    folders = [group[0].path.parent.parent.name for group in groups.values()]
+    for label, folder, group in zip(plain, folders, groups.values(), strict=True):
+        if plain.count(label) > 1:
+            label += f", {short(folder if folders.count(folder) == 1 else group[0].name)}"
         number = 1 + sum(known.startswith(label) for known in labels)
         labels[label + f" ({number})" * (number > 1)] = group
     if len(labels) > 3 * len(COLOURS):
@@ -866,7 +875,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     commands = parser.add_subparsers(metavar="show|verify|compare|plot|band", required=True)
 
     def command(action: Callable, text: str) -> argparse.ArgumentParser:
-        part = commands.add_parser(action.__name__, help=text, description=text, allow_abbrev=False)
+        part = commands.add_parser(action.__name__, help=text, description=text.replace("%%", "%"), allow_abbrev=False)
         part.set_defaults(action=action, tokens_per_step=())
         return part
 
@@ -879,7 +888,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     takes_batches(part)
     part = command(verify, "is the mean of the final losses below the target? status 0: yes, 1: no, 2: bad input")
     part.add_argument("runs", nargs="+", metavar="RUN")
-    part.add_argument("--target", type=above_zero, default=3.28, metavar="LOSS", help="default: 3.28")
+    part.add_argument("--target", type=above_zero, default=SPEEDRUN_TARGET, metavar="LOSS", help="default: 3.28")
     part.add_argument("--planned", type=count, metavar="N", help="number of runs that was fixed before the first one")
     part.add_argument("--spread", type=above_zero, metavar="S", help="known spread of final losses of single runs "
                       f"(default: {', '.join(f'{name} {value:g}' for name, value in KNOWN_SPREAD.items())}, others "

@@ -16,9 +16,11 @@ rounding of masks are no work of the model and count nothing. A byte counts once
 activations are written forward and read backward, weights are read once per pass.
 """
 
+import contextlib
 import functools
 import glob
 import json
+import math
 import os
 import statistics
 import sys
@@ -39,11 +41,11 @@ import torch.distributed as dist
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parent / "data")]
 import train_gpt2  # noqa: E402
-from text import Encoding, write_shard  # noqa: E402
-from train_gpt2 import (GPT, GPT2_SEPARATOR, GPT2_VOCABULARY, MASK_BLOCK, ORTHOGONALISERS, Adam, Config,  # noqa: E402
-                        Group, Layer, Processes, Refusal, TokenStream, at_least_float32, can_compile,
+from text import BYTES, Encoding, write_shard  # noqa: E402
+from train_gpt2 import (GPT, GPT2_SEPARATOR, GPT2_VOCABULARY, MASK_BLOCK, ORTHOGONALISERS, PRESETS, Adam,  # noqa: E402
+                        Config, Group, Layer, Processes, Refusal, TokenStream, at_least_float32, can_compile,
                         check_processes, compute_dtype, first_visible_key, float8_head, layer_plan,
-                        multi_token_weights, optimizer_groups, parse_command_line, peak_memory, prefetched,
+                        multi_token_weights, open_shard, optimizer_groups, parse_command_line, peak_memory, prefetched,
                         rows_at_once, stage_borders, start_processes, step_batches, tokens_until, train_step, validate,
                         value_at, warm_up, windows_at)
 
@@ -106,23 +108,33 @@ def read_options(arguments: list[str]) -> tuple[Options, Config]:
     return Options(int(steps), path, memory_only == "true", float(gpu_memory)), config
 
 
-def made_up_tokens(count: int) -> np.ndarray:
-    """(count,) uint16 GPT-2 tokens, uniform, with documents of a typical length."""
+def made_up_tokens(count: int, separator: int = GPT2_SEPARATOR) -> np.ndarray:
+    """(count,) uint16 tokens, uniform below the separator, with documents of a typical length."""
     draw = np.random.default_rng(0)
-    tokens = draw.integers(0, GPT2_SEPARATOR, count, dtype=np.uint16)
-    tokens[np.cumsum(draw.geometric(1 / TYPICAL_DOCUMENT, count // TYPICAL_DOCUMENT)) % count] = GPT2_SEPARATOR
+    tokens = draw.integers(0, separator, count, dtype=np.uint16)
+    tokens[np.cumsum(draw.geometric(1 / TYPICAL_DOCUMENT, count // TYPICAL_DOCUMENT)) % count] = separator
     return tokens
+
+
+def vocabulary_of(config: Config) -> tuple[int, int]:
+    """(vocabulary, separator) of the training shards; without any, what they will have: bytes for the text of `tiny`,
+    else GPT-2's."""
+    if paths := sorted(glob.glob(config.train_files)):
+        return open_shard(paths[0])[2:4]
+    is_text = config.train_files == PRESETS["tiny"]["train_files"]
+    return (BYTES.vocabulary, BYTES.separator) if is_text else (GPT2_VOCABULARY, GPT2_SEPARATOR)
 
 
 def open_rows(config: Config, folder: str) -> tuple[TokenStream, str]:
     """The training shards where there are any, else a made-up one in `folder`; and which of the two."""
     if glob.glob(config.train_files):
         return TokenStream(config.train_files), f"rows of {config.train_files}"
-    shard = Path(folder) / "shard.bin"
-    write_shard(shard, iter([made_up_tokens(4 * max(config.tokens_per_step) + 1)]),
-                Encoding(GPT2_VOCABULARY, GPT2_SEPARATOR, None))
-    return TokenStream(str(shard)), (f"made-up GPT-2 tokens in documents of about {TYPICAL_DOCUMENT}, as no file "
-                                     f"matches {config.train_files}")
+    shard, (vocabulary, separator) = Path(folder) / "shard.bin", vocabulary_of(config)
+    write_shard(shard, iter([made_up_tokens(4 * max(config.tokens_per_step) + 1, separator)]),
+                Encoding(vocabulary, separator, None))
+    kind = "GPT-2 tokens" if vocabulary == GPT2_VOCABULARY else "bytes"
+    return TokenStream(str(shard)), (f"made-up {kind} in documents of about {TYPICAL_DOCUMENT}, as no file matches "
+                                     f"{config.train_files}")
 
 
 class Stretch(NamedTuple):
@@ -463,6 +475,16 @@ def fit_line(config: Config, vocabulary: int, dtype: torch.dtype, world: int, de
     return line
 
 
+def free_memory() -> float:
+    """Bytes that this machine, or its container, has left; infinite where it does not say."""
+    free = math.inf
+    with contextlib.suppress(OSError, ValueError):
+        meminfo = Path("/proc/meminfo").read_text().split()
+        free = 1024 * int(meminfo[meminfo.index("MemAvailable:") + 1])
+        free = min(free, int(Path("/sys/fs/cgroup/memory.max").read_text()))  # "max" without a limit
+    return free
+
+
 # Measured: the machine, a step as it is, a step in sections.
 
 
@@ -650,6 +672,9 @@ def measure(config: Config, options: Options, processes: Processes, say=print) -
         say(f"{rows}; {processes.world} process(es) on {device_name(processes.device)}, {str(dtype)[6:]}"
             + ", head in float8" * float8)
         say(memory_lines(memory, config, shapes, dtype, processes.device))
+        if processes.device.type == "cpu" and processes.world * sum(memory.values()) > (free := free_memory()):
+            raise Refusal(f"this machine has {free / 2**30:.1f} GiB of memory free, fewer than these steps take; "
+                          "--memory-only true predicts without running, --preset tiny is small")
         before = peak_memory(processes.device) * MIB
         matmul, copy = machine_rates(dtype, processes)
         rates = {"matmul": matmul, "copy": copy, "peak": peak_rate(processes.device, dtype)}
@@ -802,11 +827,16 @@ def main(arguments: list[str] | None = None) -> dict | None:
             torch.bfloat16 if device.type == "cuda" else compute_dtype(config, device))
         world = int(os.environ.get("WORLD_SIZE", "1"))
         check_processes(config, world)
-        print(memory_lines(predicted_memory(config, GPT2_VOCABULARY, dtype, world, device), config,
-                           model_shapes(config, GPT2_VOCABULARY, dtype), dtype, device))
+        vocabulary = vocabulary_of(config)[0]
+        case, changes = (vocabulary, dtype, world, device), None
+        print(f"{config.preset} with {vocabulary:,} different tokens, {world} process(es)")
         if options.gpu_memory:
-            case = config, GPT2_VOCABULARY, dtype, world, device, round(options.gpu_memory * 2**30)
-            print(fit_line(*case, settings_that_fit(*case)))
+            capacity = round(options.gpu_memory * 2**30)
+            changes = settings_that_fit(config, *case, capacity)
+            print(fit_line(config, *case, capacity, changes))
+        config = replace(config, **changes or {})
+        print(memory_lines(predicted_memory(config, *case), config, model_shapes(config, vocabulary, dtype), dtype,
+                           device))
         return None
     processes = start_processes(config)
     silent = processes.rank > 0

@@ -51,12 +51,13 @@ export TORCHINDUCTOR_CACHE_DIR=$scratch/cache TRITON_CACHE_DIR=$scratch/triton  
   nvidia-smi; git log -1 --format=%H; } >"$out/machine.txt" 2>&1 || true
 
 launch=("$python") parallel=() data=() sizes=() tests=(-m gpu tests)
-run=(--steps 40 --val-every 10 --val-tokens 1048576)
+run=(--steps 40 --val-every 10 --val-tokens 1048576 --long-documents continue)  # shards may be few
 for count in 2 4 8; do  # as many as can share the rows of a step
     [[ "$found" -lt $count ]] || launch=("$python" -m torch.distributed.run --standalone --nproc_per_node="$count")
 done
 if [[ "$device" == cpu ]]; then
-    launch=("$python") tests=(-m "not gpu" -k layouts tests/test_gpu.py) run=(--steps 8 --val-every 4 --val-tokens 512)
+    launch=("$python") tests=(-m "not gpu" -k layouts tests/test_gpu.py)
+    run=(--steps 8 --val-every 4 --val-tokens 512 --long-documents continue)
     sizes=(--device cpu --dtype float32 --width 32 --heads 2 --tokens-per-step 512 --row-tokens 128 --val-row-tokens 128
            --window 64 --window-short 32 --loss-chunk 128)
 elif "$python" -c 'import xdist' 2>/dev/null; then
@@ -75,7 +76,7 @@ step() {  # name, limit in seconds, how sed finds its figures in the log, comman
     case $status in 0) ;; 124 | 137) state=TIMEOUT failed=1 ;; *) state=FAILED failed=1 ;; esac
     rows+=("$(printf '%-18s %-8s %4d  %s' "$name" $state $((SECONDS - begin)) \
         "$(sed -nE "$figures" "$log" | tr -s ' ' | paste -sd';' | cut -c1-150)")")
-    [[ $state == ok ]] || rows+=("$(printf '%-34s%s' "" "see $log: $(tail -n 1 "$log" | cut -c1-100)")")
+    [[ $state == ok ]] || rows+=("$(printf '%-34s%s' "" "see $log: $(tail -n 1 "$log" | cut -c1-400)")")
 }
 times='s/^(compiled in [0-9.]+ s|ms\/step  .*)(, untimed)?$/\1/p'
 paces='s/^\| ([^| ]+-[0-9]+) *(\|[^|]*){3}\| *([0-9.]+) .*/\1 \3 ms per 1,000 tokens/p'

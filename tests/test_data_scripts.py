@@ -285,7 +285,7 @@ def documents(folder: Path, part: str) -> list[bytes]:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {path.name: path.read_bytes() for path in folder.iterdir()} if folder.exists() else {}
 
 
 def write_jsonl(path: Path, texts: list[str]) -> Path:

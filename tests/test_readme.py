@@ -67,7 +67,7 @@ COMMANDS = {
     "python records/check.py": "is ./run.sh check",
     "./run.sh test -m gpu tests": "runs these tests",
     "python records/kernels.py --preset gpt2 --stage last": NEEDS_GPU,
-    "python records/kernels.py --preset tiny --trace tiny.json.gz": "--width 32",
+    "python records/kernels.py --preset tiny": "--width 32",
     "python records/kernels.py OPTIONS": "a placeholder",
     "python records/side_by_side.py OPTIONS": "a placeholder",
     "python records/side_by_side.py --corpus DIR --ours NAME=OPTIONS --peer NAME=FILE --batch NAME=TOKENS --out ENTRY":

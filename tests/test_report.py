@@ -46,7 +46,7 @@ def write_run(folder, losses: dict[int, float], planned: int = 0, seed: int = 0,
     folder.mkdir(parents=True)
     planned = planned or max(losses)
     config = {"preset": "gpt2", "train_files": "fineweb_train_*.bin", "val_files": "fineweb_val_*.bin",
-              "val_tokens": 1000, "tokens_per_step": [1024], "seed": seed, "out": str(folder), **settings}
+              "val_tokens": 10_485_760, "tokens_per_step": [1024], "seed": seed, "out": str(folder), **settings}
     lines = ["python 3.11.7, torch 2.13.0+cpu, CUDA None, Linux x86_64, 1 process(es)",
              "CPU, 2 threads per process, 2 cores, with avx512_bf16", json.dumps(config), f"shards {shards}"]
     lines += [f"step:{step}/{planned} val_loss:{loss:.4f} train_time:{1000 * pace * step:.0f}ms "
@@ -245,6 +245,7 @@ def test_a_spread_that_was_taken_too_small_is_named(tmp_path, capsys):
 @pytest.mark.parametrize("change, said", [
     ({}, "planned and 8 are here"), ({"seed": 1}, "seed 1 repeats"), ({"script": "x = 2\n"}, "the scripts differ"),
     ({"shards": '{"train": 1}'}, "the data differ: shards of the same names with other tokens"),
+    ({"val_tokens": 1000}, "the first 10,485,760 validation tokens of FineWeb"),
     ({"train_files": "other_*.bin"}, "the data differ: train_files"), ({"muon_lr": 1}, "settings differ: muon_lr"),
     ({"planned": 120}, "stopped early, at step 100 of 120"), ({"copy": True}, "one run counted twice"),
     ({"final": math.nan}, "without a finite loss")])

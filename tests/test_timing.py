@@ -353,6 +353,23 @@ def test_micro_tokens_auto_takes_what_fits_before_anything_is_compiled(monkeypat
 
 def test_memory_only_names_what_fits(capsys):
     timing.main(["--memory-only", "true", "--gpu-memory", "16"])
-    assert capsys.readouterr().out.splitlines()[-1].endswith("the same training fits with --recompute true")
+    kind, fits, training, *_ = capsys.readouterr().out.splitlines()
+    assert "50,257 different tokens" in kind and fits.endswith("the same training fits with --recompute true")
+    peak = float(re.search(r"process in training ([\d,.]+) MiB", training)[1].replace(",", ""))  # of what fits
+    assert 1024 < peak < 16 * 1024 < sum(timing.predicted_memory(
+        Config(), 50257, torch.bfloat16, 1, torch.device("cuda")).values()) / timing.MIB
+
+
+def test_the_vocabulary_is_that_of_the_shards(corpus, capsys):
+    timing.main([*command(corpus, SMALL), "--memory-only", "true"])
+    assert "257 different tokens" in capsys.readouterr().out
+    assert timing.vocabulary_of(Config(**PRESETS["tiny"])) == (257, 256)
+    assert timing.vocabulary_of(Config(train_files="nothing*.bin")) == (50257, 50256)
+
+
+def test_more_than_this_machine_has_is_refused(corpus, monkeypatch):
+    monkeypatch.setattr(timing, "free_memory", lambda: 1e6)
+    with pytest.raises(Refusal, match="0.0 GiB of memory free, fewer than these steps take"):
+        timing.main(command(corpus, SMALL))
     with pytest.raises(Refusal, match="--gpu-memory lots is not a number"):
         timing.main(["--memory-only", "true", "--gpu-memory", "lots"])
