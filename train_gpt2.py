@@ -248,10 +248,11 @@ def parse_command_line(arguments: list[str]) -> Config:
         given[name] = parse_value(flag, value if equals else words.pop(0), options[name])
     defaults = PRESETS[given.get("preset", Config.preset)] | {"preset": given.get("preset", Config.preset)}
     if given.get("resume", "none") not in ("none", "auto"):  # the run's own settings, but for those given now
-        path, saved = find_checkpoint(given["resume"], whole=False)
-        defaults = dataclasses.asdict(config_of(saved, path))
+        saved = find_checkpoint(given["resume"], whole=False)
+        defaults = dataclasses.asdict(config_of(saved))
         if given.get("preset", defaults["preset"]) != defaults["preset"]:
-            raise Refusal(f"{path} goes on with --preset {defaults['preset']}, not {given['preset']}; leave that out")
+            raise Refusal(f"{saved['path']} goes on with --preset {defaults['preset']}, not {given['preset']}; leave "
+                          "that out")
     if wants_help:
         print(__doc__.split("\n\nThe file")[0])
         print(f"\nSettings, with the defaults of --preset {defaults['preset']} (presets: {', '.join(PRESETS)}):\n")
@@ -259,9 +260,7 @@ def parse_command_line(arguments: list[str]) -> Config:
             value, (unit, reason, *_) = spelled(defaults.get(name, option.default)), option.metadata.values()
             print(f"  {spelled_flag(name):22} {value:>20} [{unit}]  {reason}")
         raise SystemExit(0)
-    config = Config(**defaults | given)
-    check_config(config)
-    return config
+    return check_config(Config(**defaults | given))
 
 
 def spelled(value, exact: bool = False) -> str:
@@ -309,16 +308,27 @@ def parse_value(flag: str, text: str, option: dataclasses.Field):
     return values if is_list else values[0]
 
 
-def check_config(config: Config) -> None:
-    """Raises Refusal for combinations that cannot work, each with the nearest value that does."""
+def check_config(config: Config) -> Config:
+    """The same. Raises Refusal for combinations that cannot work, each with the nearest value that does."""
     def refuse(name: str, problem: str, better) -> None:
         raise Refusal(f"{spelled_flag(name)} {spelled(getattr(config, name))} {problem}; "
                       f"the nearest is {spelled_flag(name)} {spelled(better)}")
 
+    long = [f.name for f in fields(Config)
+            if f.metadata["unit"].endswith("by stage") and len(getattr(config, f.name)) > config.stages + 1]
+    if len(long) > 1:
+        raise Refusal(f"--stages {config.stages} and the extension take {config.stages + 1} values at most, more have "
+                      f"{', '.join(map(spelled_flag, long))}; shorten these, or give more --stages")
+    for name in long:
+        refuse(name, f"is longer than --stages {config.stages} and the extension",
+               getattr(config, name)[:config.stages + 1])
     for f in fields(Config):
         value = getattr(config, f.name)
-        if f.metadata["unit"].endswith("by stage") and len(value) > config.stages + 1:
-            refuse(f.name, f"is longer than --stages {config.stages} and the extension", value[:config.stages + 1])
+        if f.metadata["unit"] == "layers" and any(layer >= config.layers for layer in value):
+            refuse(f.name, f"names layers beyond the last of --layers {config.layers}, which is {config.layers - 1}",
+                   () if f.name == "gated_skip" else tuple(layer for layer in value if layer < config.layers))
+        if f.metadata["unit"] == ADAM and max(value[1:3]) >= 1:
+            refuse(f.name, "has a beta of 1 or more", f.default)
     if config.paired_layers and config.heads % 2:
         refuse("heads", "cannot be paired (--paired-layers none does without)", config.heads + 1)
     divisible = {"row_tokens": ((MASK_BLOCK,), "mask blocks"), "val_row_tokens": ((MASK_BLOCK,), "mask blocks"),
@@ -330,16 +340,11 @@ def check_config(config: Config) -> None:
         if any(number % unit for number, unit in pairs):
             better = tuple(max(1, round(number / unit)) * unit for number, unit in pairs)
             refuse(name, f"is not a whole number of {what} ({spelled(units)})", better)
-    for f in fields(Config):
-        value = getattr(config, f.name)
-        if f.metadata["unit"] == "layers" and any(layer >= config.layers for layer in value):
-            refuse(f.name, f"names layers beyond the last of --layers {config.layers}, which is {config.layers - 1}",
-                   () if f.name == "gated_skip" else tuple(layer for layer in value if layer < config.layers))
-        if f.metadata["unit"] == ADAM and max(value[1:3]) >= 1:
-            refuse(f.name, "has a beta of 1 or more", f.default)
     sources, takers = config.gated_skip[::2], config.gated_skip[1::2]
     if len(sources) != len({*takers}) or any(a >= b for a, b in zip(sources, takers, strict=False)):
-        refuse("gated_skip", "does not lead in pairs from one layer to a later one, each such to another", ())
+        better = {max(pair): min(pair) for pair in zip(sources, takers, strict=False) if len({*pair}) == 2}
+        refuse("gated_skip", "is not pairs FROM,TO of layers, FROM before TO and each TO once",
+               tuple(layer for taker, source in better.items() for layer in (source, taker)))
     if config.gated_skip and config.unet_skips:
         refuse("gated_skip", "does not go with --unet-skips true", ())
     if config.value_residual and 0 in config.attention_free:
@@ -352,6 +357,7 @@ def check_config(config: Config) -> None:
     for stage in range(config.stages + 1 if config.short_layers else 0):
         if value_at(config.window_short, stage) > value_at(config.window, stage):
             refuse("window_short", f"exceeds --window {spelled(config.window)}", config.window)
+    return config
 
 
 def check_processes(config: Config, world: int) -> None:
@@ -444,6 +450,11 @@ def last_tied_step(config: Config) -> int:
     return last + (-last - 1) % config.adam_every
 
 
+def tied_after(step: int, config: Config) -> bool:
+    """Whether embedding and head are one table still, after so many updates."""
+    return step - 1 <= last_tied_step(config)
+
+
 def yarn_schedule(stage: int, config: Config) -> tuple[Tensor, float]:
     """Rotary frequencies (turning channels / 2,) float64 in radians per token, and the softmax scale of a stage. YaRN
     (#31): where the window grows from W to W', a frequency that made less than one turn within W is slowed by W / W',
@@ -525,12 +536,11 @@ def start_processes(config: Config) -> Processes:
         torch.cuda.set_device(device)
     else:
         keep_freed_memory()
-    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
-    if world > 1 and missing:
-        raise Refusal(f"WORLD_SIZE is {world}, but {missing[0]} is not set; let torchrun start the processes: "
-                      f"torchrun --standalone --nproc_per_node={world} train_gpt2.py")
     if world == 1:
         return Processes(rank, world, device)
+    if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+        raise Refusal(f"WORLD_SIZE is {world}, but {missing[0]} is not set; let torchrun start the processes: "
+                      f"torchrun --standalone --nproc_per_node={world} train_gpt2.py")
     on_gpu, patience = device.type == "cuda", timedelta(seconds=config.patience)
     store, _, _ = next(dist.rendezvous("env://", timeout=patience))
     dist.init_process_group("nccl" if on_gpu else "gloo", rank=rank, world_size=world,
@@ -1012,6 +1022,11 @@ class Shared(NamedTuple):
     scale: Tensor  # () of the softmax
 
 
+def weight_of(*shape: int, dtype: torch.dtype, first: float = 0.0, used: bool = True) -> nn.Parameter | None:
+    """A parameter that starts with one value throughout; None where it is off."""
+    return nn.Parameter(torch.full(shape, first, dtype=dtype)) if used else None
+
+
 class Block(nn.Module):
     """Attention and MLP. Has no layer number, so that layers share graphs; weights of what is off are None."""
 
@@ -1020,11 +1035,8 @@ class Block(nn.Module):
         self.heads, self.qk_norm, self.epsilon = config.heads, config.qk_norm, config.rms_epsilon
         self.attends, self.paired, self.offset = layer.attends, layer.paired, layer.offset
         width, hidden, wide = config.width, config.mlp_ratio * config.width, at_least_float32(dtype)
-
-        def weight(*shape: int, first: float = 0.0, dtype=wide, used: bool = True) -> nn.Parameter | None:
-            return nn.Parameter(torch.full(shape, first, dtype=dtype)) if used else None
-
         matrix = dtype if config.split_precision else wide
+        weight = functools.partial(weight_of, dtype=wide)
         self.attention = weight(4, width, width, dtype=matrix, used=layer.attends)  # query, key, value, output
         self.mlp = weight(2, hidden, width, dtype=matrix)  # up, down transposed
         self.residual = weight(first=config.residual_init, used=config.x0_shortcut)
@@ -1112,30 +1124,22 @@ class GPT(nn.Module):
             for matrices, spread in [*drawn, (block.mlp[0], config.mlp_init)]:
                 bound = spread * (3 / width) ** 0.5
                 matrices.data.copy_(torch.empty(matrices.shape).uniform_(-bound, bound, generator=draw))
-
-        def weight(*shape: int, first: float = 0.0, dtype=wide) -> nn.Parameter:
-            return nn.Parameter(torch.full(shape, first, dtype=dtype))
-
+        weight = functools.partial(weight_of, dtype=wide)
         tables = min(config.value_tables, len(set(config.value_layers)))
         self.value_tables = nn.ParameterList(weight(padded, width, dtype=dtype) for _ in range(tables))
-        if config.bigram:
-            self.bigram_table = weight(config.bigram * padded, width, dtype=dtype)
+        self.bigram_table = weight(config.bigram * padded, width, dtype=dtype, used=config.bigram > 0)
         if config.second_embedding:
             self.second_table = nn.Parameter(torch.randn(padded, width, generator=draw).to(dtype))
         channels = min(config.gate_channels, width)
-        if config.smear:
-            self.smear_mix, self.smear_gate = weight(), weight(channels)
+        self.smear_mix, self.smear_gate = weight(used=config.smear), weight(channels, used=config.smear)
         # By layer, the one whose output it receives: the second half that of the first, mirrored (U-net, #11), or some
         # of them through a gate (#45, #55).
         self.skips = dict(zip(config.gated_skip[1::2], config.gated_skip[::2], strict=True))
         if config.unet_skips:
             self.skips = {config.layers - 1 - i: i for i in reversed(range(config.layers // 2))}
-        if self.skips:
-            self.skip_mix = weight(len(self.skips), first=-1.5 if config.gated_skip else 1.0)
-        if config.gated_skip:
-            self.skip_gate = weight(len(self.skips), channels)
-        if config.backout:
-            self.backout_mix = weight(first=0.5)
+        self.skip_mix = weight(len(self.skips), first=-1.5 if config.gated_skip else 1.0, used=bool(self.skips))
+        self.skip_gate = weight(len(self.skips), channels, used=bool(config.gated_skip))
+        self.backout_mix = weight(first=0.5, used=bool(config.backout))
         positions = max(*config.row_tokens, config.val_row_tokens) * (2 if config.paired_layers else 1)
         turning = len(yarn_schedule(0, config)[0])
         for name, shape, kind in (("cosine", (positions, turning), dtype), ("sine", (positions, turning), dtype),
@@ -1157,7 +1161,8 @@ class GPT(nn.Module):
         """Compile per block, not the whole model: layers of one kind share a graph, and each gradient is there, and its
         hook called, as soon as its layer is done."""
         self.compiled = True
-        torch._dynamo.config.recompile_limit = 64  # kinds of layers, times stages, with and without gradients
+        limits = torch._dynamo.config  # kinds of layers, times stages, with and without gradients
+        limits.recompile_limit = limits.accumulated_recompile_limit = 4096
         self.run_block = torch.compile(run_block, dynamic=False, fullgraph=True)
         self.loss_of_chunk = torch.compile(loss_of_chunk, dynamic=False, fullgraph=True)
 
@@ -1582,7 +1587,7 @@ def untie(model: GPT, groups: dict[str, Group]) -> None:
 
 def apply_updates(groups: list[Group], step: int, unsound: Tensor | None = None) -> None:
     """One update of these groups. The reduction of one and the gathering of another run beside the arithmetic. Where a
-    loss is `unsound`, () bool, no gradient counts: the weights stay as they were, for `first_bad_tensor` to look at."""
+    loss is `unsound`, () bool, no gradient counts: the weights stay finite, for `first_bad_tensor` to look at."""
     for group in groups:
         group.reduce()
     for group in groups:
@@ -1700,25 +1705,32 @@ def warm_up(model: GPT, groups: dict[str, Group], processes: Processes, batch_of
 # Files of tensors are written under a temporary name, flushed to the disk, then renamed: what has its name is whole.
 
 
+def run_folder(config: Config, resumed: dict | None) -> Path:
+    """A new one; or that of the checkpoint which the run goes on from, unless later ones lie there, or the model of a
+    finished run: those are not touched."""
+    if resumed is not None:
+        path = Path(resumed["path"])
+        is_last = checkpoints(path.parent)[-1:] == [path] and not path.with_name("model.pt").exists()
+        if is_last and os.access(path.parent, os.W_OK):
+            return path.parent
+    return Path(config.out) / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+
+
 class RunLog(contextlib.AbstractContextManager):
     """What a run leaves behind, written by process 0 only; on the other processes every method does nothing. Used as a
     context: what ends the run is the last line of its log."""
 
     def __init__(self, config: Config, processes: Processes, resumed: dict | None = None):
-        """resumed: the checkpoint that the run goes on from. It stays in that folder, unless later ones lie there or
-        the run was finished: those are not touched."""
+        """resumed: the checkpoint that the run goes on from."""
         self.config, self.processes, self.folder, self.bar = config, processes, None, None
         self.text = self.metrics = self.saved = None
         if processes.rank > 0:
             return
-        folder, records = Path(config.out) / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}", []
+        folder, records = run_folder(config, resumed), []
         source = Path(__file__).read_text(encoding="utf-8") + "\n" + "=" * 100 + "\n"
         if resumed is not None:
             self.saved = Path(resumed["path"])
             records = records_until(self.saved.with_name("metrics.jsonl"), resumed["step"])
-            if (checkpoints(self.saved.parent)[-1:] == [self.saved] and not self.saved.with_name("model.pt").exists()
-                    and os.access(self.saved.parent, os.W_OK)):
-                folder = self.saved.parent
         try:
             folder.mkdir(parents=True, exist_ok=resumed is not None)
             log = folder / "log.txt"
@@ -1949,13 +1961,15 @@ TO_GO_ON = {"state": dict, "cursor": tuple, "seconds": float, "validated": int, 
 
 def unusable(path: str | Path, error: Exception) -> Refusal:
     reason = " ".join(str(error).split()).split(". ")[0][:200] or "no reason given"
-    return Refusal(f"cannot use {path} as a checkpoint: {type(error).__name__}, {reason}; expected a file written by "
-                   "this train_gpt2.py; train one: python train_gpt2.py --preset tiny")
+    known = {zipfile.BadZipFile: "torch.save has not written it", ValueError: reason}
+    reason = getattr(error, "strerror", None) or known.get(type(error)) or f"{type(error).__name__}, {reason}"
+    return Refusal(f"cannot use {path} as a checkpoint: {reason}; expected a file written by this train_gpt2.py; train "
+                   "one: python train_gpt2.py --preset tiny")
 
 
 def read_saved(path: str | Path, whole: bool = True) -> dict:
-    """What `save_model` wrote, its tensors still on the disk; `whole`: after every checksum in the file has been
-    compared. Raises Refusal for any other file."""
+    """What `save_model` wrote, its tensors still on the disk, and its path; `whole`: after every checksum in the file
+    has been compared. Raises Refusal for any other file."""
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
@@ -1965,7 +1979,7 @@ def read_saved(path: str | Path, whole: bool = True) -> dict:
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         if damaged_part or not isinstance(saved, dict):
             raise ValueError(f"{damaged_part} is damaged" if damaged_part else "it holds something else")
-        for name, kind in SAVED.items():
+        for name, kind in (SAVED | TO_GO_ON if "state" in saved else SAVED).items():
             if type(saved.get(name)) is not kind:
                 raise ValueError(f"it has no {name}")
         if saved["step"] < 0 or not 0 <= saved["separator"] < saved["vocabulary"] <= 65_536:
@@ -1977,28 +1991,34 @@ def read_saved(path: str | Path, whole: bool = True) -> dict:
                 raise ValueError(f"its {name} is no plain tensor")
             if whole and not tensor.isfinite().all():
                 raise ValueError(f"its {name} is not finite")
-        return saved
+        if "state" in saved:
+            _position, deals, left = cursor = saved["cursor"]
+            counts = (*cursor, saved["step"], saved["validated"])
+            if any(type(count) is not int or not 0 <= count < 2**63 for count in counts) or left and not deals or not (
+                    0 <= saved["seconds"] < math.inf and math.isfinite(saved["val_loss"])):
+                raise ValueError(f"it states data position, step and last validation as {counts}, the clock as "
+                                 f"{saved['seconds']}, its loss as {saved['val_loss']}")
+            torch.Generator().set_state(saved["random_state"])
+        return saved | {"path": str(path)}
     except Exception as error:  # whatever the file system, the archive or the unpickler object to
         raise unusable(path, error) from None
 
 
-def config_of(saved: dict, path: str | Path) -> Config:
+def config_of(saved: dict) -> Config:
     """The settings of a saved run, checked like a command line. Raises Refusal."""
     options = {option.name: option for option in fields(Config)}
     for name in {*options} ^ {*saved["config"]}:
-        raise Refusal(f"{path} was written by another version of train_gpt2.py: its setting {name} is "
+        raise Refusal(f"{saved['path']} was written by another version of train_gpt2.py: its setting {name} is "
                       f"{'missing' if name in options else 'unknown here'}; use that version, with which its log.txt "
                       "begins")
     for name, value in saved["config"].items():
         if repr(parse_value(spelled_flag(name), spelled(value, exact=True), options[name])) != repr(value):
-            raise Refusal(f"{path} holds {name} = {value!r}, which is no {options[name].metadata['unit']}; use another "
-                          "checkpoint")
-    config = Config(**saved["config"])
-    check_config(config)
-    return config
+            raise Refusal(f"{saved['path']} holds {name} = {value!r}, which is no {options[name].metadata['unit']}; "
+                          "use another checkpoint")
+    return check_config(Config(**saved["config"]))
 
 
-def check_shapes(saved: dict, config: Config, path: str | Path) -> None:
+def check_shapes(saved: dict, config: Config) -> None:
     """Raises Refusal where the weights are not those of the settings, before anything of that size is made."""
     try:
         with torch.device("meta"):
@@ -2009,22 +2029,22 @@ def check_shapes(saved: dict, config: Config, path: str | Path) -> None:
             name, expected, found = difference
             raise ValueError(f"its {name} is {found}, that of its settings {expected}")
     except Exception as error:
-        raise unusable(path, error) from None
+        raise unusable(saved["path"], error) from None
 
 
 def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[GPT, dict]:
     """A model that `save_model` wrote, and the values beside it. Raises Refusal for any other file."""
     saved = read_saved(path)
-    config = config_of(saved, path)
-    check_shapes(saved, config, path)
+    config = config_of(saved)
+    check_shapes(saved, config)
     model = GPT(config, saved["vocabulary"], getattr(torch, saved["dtype"]))
     model.load_state_dict(saved["weights"])
-    model.tied = saved["step"] - 1 <= last_tied_step(config)
+    model.tied = tied_after(saved["step"], config)
     model.enter_stage(stage_of(saved["step"], config))
     return model.to(device), saved
 
 
-def find_checkpoint(place: str | Path, whole: bool = True) -> tuple[Path, dict]:
+def find_checkpoint(place: str | Path, whole: bool = True) -> dict:
     """A checkpoint by its path, or the newest of a run folder that is not damaged. Raises Refusal."""
     if not Path(place).exists():
         newest = "".join(f"; the newest beside it is {path}" for path in checkpoints(Path(place).parent)[-1:])
@@ -2034,22 +2054,12 @@ def find_checkpoint(place: str | Path, whole: bool = True) -> tuple[Path, dict]:
     for path in paths:
         try:
             saved = read_saved(path, whole)
-            if "state" not in saved:
-                raise Refusal(f"{path} holds a model without its optimizer; expected a checkpoint_*.pt (--save-every N "
+            if "state" in saved:
+                return saved
+            refusal = Refusal(f"{path} holds a model without its optimizer; expected a checkpoint_*.pt (--save-every N "
                               "makes them)")
-            for name, kind in TO_GO_ON.items():
-                if type(saved.get(name)) is not kind:
-                    raise ValueError(f"it has no {name}")
-            _position, deals, left = cursor = saved["cursor"]
-            counts = (*cursor, saved["step"], saved["validated"])
-            if any(type(count) is not int or not 0 <= count < 2**63 for count in counts) or left and not deals or not (
-                    0 <= saved["seconds"] < math.inf and math.isfinite(saved["val_loss"])):
-                raise ValueError(f"it states data position, step and last validation as {counts}, the clock as "
-                                 f"{saved['seconds']}, its loss as {saved['val_loss']}")
-            torch.Generator().set_state(saved["random_state"])
-            return path, saved
-        except (Refusal, Exception) as error:
-            refusal = error if isinstance(error, Refusal) else unusable(path, error)
+        except Refusal as error:
+            refusal = error
     raise refusal
 
 
@@ -2058,50 +2068,62 @@ INCIDENTAL = ("out", "save_every", "keep", "resume", "patience", "micro_tokens",
               "compile")
 
 
-def newest_of_this_run(config: Config, stream: TokenStream) -> tuple[Path, dict] | None:
+def changed_settings(theirs: Config, ours: Config) -> list[str]:
+    return [spelled_flag(f.name) for f in fields(Config)
+            if f.name not in INCIDENTAL and getattr(theirs, f.name) != getattr(ours, f.name)]
+
+
+def newest_of_this_run(config: Config, stream: TokenStream) -> dict | None:
     """The newest checkpoint of the newest run with these settings below --out, if there is one; where that run is
     finished, on the same shards, its model."""
     for folder in sorted(Path(config.out).glob("*/"), reverse=True):
         with contextlib.suppress(Refusal):
-            path = folder / "model.pt"
-            is_finished = path.exists()
-            path, saved = (path, read_saved(path, False)) if is_finished else find_checkpoint(folder, False)
-            theirs = config_of(saved, path)  # which is compared before gigabytes are read through
-            is_same = all(getattr(theirs, f.name) == getattr(config, f.name) for f in fields(Config)
-                          if f.name not in INCIDENTAL)
-            if is_same and not (is_finished and saved["shards"] != stream.fingerprint):
-                return (path, saved) if is_finished else find_checkpoint(folder)
+            is_finished = (folder / "model.pt").exists()
+            saved = read_saved(folder / "model.pt", False) if is_finished else find_checkpoint(folder, False)
+            # Settings are compared before gigabytes are read through.
+            if not changed_settings(config_of(saved), config):
+                if not is_finished:
+                    return find_checkpoint(folder)
+                if saved["shards"] == stream.fingerprint:
+                    return saved
     return None
 
 
+def check_way_on(saved: dict, config: Config, stream: TokenStream) -> None:
+    """Raises Refusal where a run with these settings on these shards cannot go on from a checkpoint."""
+    path, step, theirs = saved["path"], saved["step"], config_of(saved)
+    if difference := first_difference(stream.fingerprint, saved["shards"]):
+        name, found, expected = difference
+        raise Refusal(f"{path} was trained on other shards: {name} has (tokens, vocabulary, separator, checksum) "
+                      f"{found}, expected {expected}; name those with --train-files")
+    if step >= config.steps:
+        raise Refusal(f"{path} is after step {step} of --steps {config.steps}; the nearest is --steps {step + 1}")
+    check_shapes(saved, theirs)
+    try:
+        check_shapes(saved, config)
+    except Refusal:
+        raise Refusal(f"{path} has weights of another shape than this run; leave out what changes them of "
+                      f"{', '.join(changed_settings(theirs, config))}") from None
+    if tied_after(step, theirs) != tied_after(step, config):  # an embedding never trained, or one to be forgotten
+        part, now = last_tied_step(theirs) + 1, last_tied_step(config) + 1
+        share = min(max(0.0, (part - 1) / max(1, stage_ends(config)[-1])), 1 - 1e-9)
+        raise Refusal(f"{path} is after step {step}, its embedding and head part after step {part}, with these "
+                      f"settings after step {now}; the nearest is --tied-until {share:.9g}")
+
+
 def open_checkpoint(config: Config, stream: TokenStream, processes: Processes) -> tuple[dict | None, dict | None]:
-    """What --resume names: its plain values on every process, and all of it on process 0, which alone reads the file.
-    Of a run that is finished, only its path. Raises Refusal."""
-    found, plain = None, None
+    """What --resume names: its plain values on every process, among them whether that run is finished, and all of it
+    on process 0, which alone reads the file. Raises Refusal."""
+    saved, plain = None, None
     if processes.rank == 0 and config.resume != "none":
-        found = newest_of_this_run(config, stream) if config.resume == "auto" else find_checkpoint(config.resume)
-    if found is not None and "state" not in found[1]:
-        plain = {"finished": str(found[0])}
-    elif found is not None:
-        path, saved = found
-        if difference := first_difference(stream.fingerprint, saved["shards"]):
-            name, found_here, expected = difference
-            raise Refusal(f"{path} was trained on other shards: {name} has (tokens, vocabulary, separator, checksum) "
-                          f"{found_here}, expected {expected}; name those with --train-files")
-        if saved["step"] >= config.steps:
-            raise Refusal(f"{path} is after step {saved['step']} of --steps {config.steps}; the nearest is --steps "
-                          f"{saved['step'] + 1}")
-        theirs = config_of(saved, path)
-        check_shapes(saved, theirs, path)
-        try:
-            check_shapes(saved, config, path)
-        except Refusal:
-            changed = [spelled_flag(f.name) for f in fields(Config)
-                       if f.name not in INCIDENTAL and getattr(theirs, f.name) != getattr(config, f.name)]
-            raise Refusal(f"{path} has weights of another shape than this run; leave out what changes them of "
-                          f"{', '.join(changed)}") from None
-        plain = {name: value for name, value in saved.items() if name not in ("weights", "state")} | {"path": str(path)}
-    return processes.told(plain), found and found[1]
+        saved = newest_of_this_run(config, stream) if config.resume == "auto" else find_checkpoint(config.resume)
+    if saved is not None:
+        is_finished = "state" not in saved
+        plain = {name: value for name, value in saved.items() if name not in ("weights", "state")}
+        plain["finished"] = is_finished
+        if not is_finished:
+            check_way_on(saved, config, stream)
+    return processes.told(plain), saved
 
 
 def restore(saved: dict | None, step: int, model: GPT, groups: dict[str, Group], processes: Processes) -> None:
@@ -2123,7 +2145,7 @@ def restore(saved: dict | None, step: int, model: GPT, groups: dict[str, Group],
             dist.broadcast(group.weights, 0)
         for number, buffer in enumerate(group.state):
             group.hand_out(saved and saved["state"][f"{group.name}.{number}"], buffer)
-    model.tied = step - 1 <= last_tied_step(model.config)
+    model.tied = tied_after(step, model.config)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2142,7 +2164,7 @@ def open_data(config: Config) -> tuple[TokenStream, TokenStream, int]:
                           f"more; get them: {shard_command(pattern)}")
     needed, inputs = tokens_needed(train, config), tokens_until(config.steps, config)
     if needed > 4 * inputs + train.tokens // len(train.shards):
-        raise Refusal(f"--long-documents drop would use {inputs:,} of {needed:,} tokens: the documents of "
+        raise Refusal(f"--long-documents drop would keep one token in {needed / inputs:.0f}: the documents of "
                       f"{config.train_files} are long; give --long-documents continue")
     if needed > train.tokens and not config.repeat:
         shards = len(train.shards) + math.ceil((needed - train.tokens) / max(s.tokens for s in train.shards))
@@ -2182,6 +2204,10 @@ def can_compile(config: Config, processes: Processes, dtype: torch.dtype, log: R
     if head_width < 16 or dtype == torch.float64:
         raise Refusal(f"attention heads of {head_width} channels in {str(dtype)[6:]} cannot be compiled, expected at "
                       "least 16 in bfloat16 or float32; give --compile none")
+    channels = min(config.gate_channels, config.width)
+    if config.heads * channels % 4 and (config.attention_gates or config.value_gates):  # see `optimizer_groups`
+        raise Refusal(f"{config.heads} x {channels} gate weights cannot be compiled, expected a multiple of 4; the "
+                      f"nearest is --gate-channels {max(4, round(channels / 4) * 4)}; or give --compile none")
     if importlib.util.find_spec("triton") is None:
         log.line("notice: Triton is not installed, so nothing is compiled: the same numbers, slower")
         return False
@@ -2398,10 +2424,11 @@ def train(config: Config, processes: Processes) -> Path | None:
     stream, val_stream, val_tokens = streams = open_data(config)
     processes.must_agree("shard", stream.fingerprint | val_stream.fingerprint, "give all machines the same shards")
     resumed, saved = open_checkpoint(config, stream, processes)
-    if resumed is not None and "finished" in resumed:  # so that a job which is repeated until it is done ends
+    if resumed is not None and resumed["finished"]:  # so that a job which is repeated until it is done ends
+        folder = Path(resumed["path"]).parent
         if processes.rank == 0:
-            print(f"this run is finished, all of it in {Path(resumed['finished']).parent}; --resume none starts anew")
-        return Path(resumed["finished"]).parent if processes.rank == 0 else None
+            print(f"this run is finished, all of it in {folder}; --resume none starts anew")
+        return folder if processes.rank == 0 else None
     with RunLog(config, processes, resumed) as log:
         log.line(environment(processes), show=False)
         config = fitted(config, stream.vocabulary, dtype, processes, log)

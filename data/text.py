@@ -352,8 +352,9 @@ def encoding_named(name: str) -> Encoding:
     try:
         tokenizer = tiktoken.get_encoding(name)
     except Exception as error:  # noqa: BLE001  the loader lets its HTTP library's errors through
-        raise Refusal(f"cannot load the encoding {name}: {' '.join(str(error).split())[:200]}; run once with a "
-                      "network, or set TIKTOKEN_CACHE_DIR to a folder that holds it (bytes and files need no "
+        raise Refusal(f"the encoding {name} is not here and cannot be fetched "
+                      f"({getattr(error, 'strerror', None) or type(error).__name__}); run once with "
+                      "a network, or set TIKTOKEN_CACHE_DIR to a folder that holds it (bytes and files need no "
                       "download)") from None
     try:
         separator = tokenizer.eot_token or tokenizer.n_vocab  # 0 in a header means that none is stated

@@ -60,7 +60,7 @@ def model_file(place: str | Path) -> Path:
     if (place / "model.pt").exists():
         return place / "model.pt"
     if script.checkpoints(place):
-        return script.find_checkpoint(place)[0]
+        return Path(script.find_checkpoint(place)["path"])
     below = sorted({path.parent for path in (*place.glob("*/model.pt"), *place.glob("*/checkpoint_*.pt"))})
     raise Refusal(f"{place} holds neither model.pt nor checkpoint_*.pt, expected a run folder with one"
                   + "".join(f"; the newest below it is {run}" for run in below[-1:]))

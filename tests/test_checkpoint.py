@@ -610,6 +610,19 @@ def test_a_weight_that_is_not_finite_stops_the_run_at_once(corpus, unbroken, tmp
     assert_unbroken(run, unbroken(SHUFFLED))
 
 
+@pytest.mark.parametrize("step, steps, tied", [(6, 7, "0.714285714"), (8, 24, "0.208333333")])
+def test_settings_that_move_the_parting_of_the_tables_over_the_checkpoint_are_refused(step, steps, tied, tmp_path):
+    """Else an embedding that was never trained would be used, or a trained one forgotten."""
+    folder = write_corpus(tmp_path / "corpus")
+    run = run_here(folder, base=RECIPE, tied_until=0.4, extension=0, save_every=2, keep=9, repeat=True)
+    place = run / f"checkpoint_{step:07}.pt"
+    with pytest.raises(Refusal, match=f"is after step {step}, its embedding and head part after step 6") as refused:
+        run_here(folder, base={}, resume=place, steps=steps, repeat=True)
+    assert refused.value.code.endswith(f"--tied-until {tied}")
+    again = run_here(folder, base={}, resume=place, steps=steps, repeat=True, tied_until=tied)
+    assert train_gpt2.last_tied_step(train_gpt2.load_model(again / "model.pt")[0].config) == 5
+
+
 def test_weights_that_are_not_finite_are_never_saved(corpus, tmp_path, monkeypatch):
     """NaN in the very update after which a save is due, in a tensor that the loss does not show."""
     updates = train_gpt2.apply_updates
@@ -802,7 +815,7 @@ def test_what_is_no_checkpoint_is_refused(unbroken, tmp_path):
     run = unbroken(FIVE)
     for place, words in ((tmp_path / "nowhere.pt", "does not exist"), (tmp_path, "no checkpoint_*.pt"),
                          (run / "checkpoint_0000099.pt", "newest beside it is"),
-                         (run / "model.pt", "without its optimizer"), (run / "log.txt", "BadZipFile")):
+                         (run / "model.pt", "without its optimizer"), (run / "log.txt", "torch.save has not written it")):
         line = refused("--resume", place)
         assert str(place) in line and words in line and "checkpoint" in line
 

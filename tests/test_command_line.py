@@ -99,6 +99,23 @@ def test_no_arguments_give_the_hundred_second_recipe():
     assert config.tokens_per_step == tuple(8 * tokens for tokens in config.row_tokens) == (131_072, 262_144, 393_216)
 
 
+def test_fewer_stages_name_every_list_that_is_too_long():
+    line = refused_option("--preset", "gpt2-medium", "--stages", "2")
+    for name in ("tokens-per-step", "row-tokens", "window", "window-short", "rate-levels"):
+        assert f"--{name}" in line
+    assert parse_command_line(["--stages", "1", *"--tokens-per-step 16384 --row-tokens 16384 --window 384,896 "
+                               "--window-short 128 --rate-levels 1".split()]).stages == 1
+    line = refused_option("--stages", "2", "--window-short", "128")
+    assert line.startswith("--window 384,896,1408,1664 is longer") and line.endswith("--window 384,896,1408")
+
+
+@pytest.mark.parametrize("given, better", [("3", "none"), ("6,3", "3,6"), ("3,6,2,6", "2,6"), ("3,6,4", "3,6"),
+                                           ("4,4", "none")])
+def test_skips_are_pairs(given, better):
+    assert refused_option("--gated-skip", given).endswith(f"TO once; the nearest is --gated-skip {better}")
+    assert parse_command_line(["--gated-skip", better])
+
+
 def test_the_five_minute_recipe_is_a_preset():
     config = parse_command_line(["--preset", "five-minute"])
     assert (config.layers, config.heads, config.width, config.window) == (12, 6, 768, (1023,))
@@ -225,7 +242,7 @@ ROWS = ["--row-tokens", "128,256"]
     (["--value-layers", "10,11"], "the nearest is --value-layers 10"),
     (["--backout", "11"], "the nearest is --backout none"),
     (["--gated-skip", "3,11"], "the nearest is --gated-skip none"),
-    (["--gated-skip", "6,3"], "the nearest is --gated-skip none"),
+    (["--gated-skip", "6,3"], "the nearest is --gated-skip 3,6"),
     (["--gated-skip", "6,6"], "the nearest is --gated-skip none"),
     ([*FIVE, "--attention-free", "0,2"], "the nearest is --attention-free 2"),  # value_residual mixes layer 0's values
     ([*FIVE, "--gated-skip", "3,6"], "the nearest is --gated-skip none")])
@@ -456,7 +473,7 @@ def test_long_documents_of_which_most_would_be_dropped(tmp_path, corpus):
     changes = dict(base=RECIPE, train_files=tmp_path / "book.bin", repeat=True)
     config = parse_command_line(command(corpus, **changes))
     line = refusal(train_gpt2.open_data, config)
-    assert "--long-documents drop would use" in line and "give --long-documents continue" in line
+    assert "--long-documents drop would keep one token in" in line and "give --long-documents continue" in line
     train_gpt2.open_data(dataclasses.replace(config, long_documents="continue"))
     train_gpt2.open_data(parse_command_line(command(corpus, base=RECIPE, repeat=True)))  # documents of usual length
 

@@ -185,6 +185,7 @@ def test_the_checkpoint_is_plain(run, corpus):
     assert all(tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
                for tensor in saved["weights"].values())  # not one more copy of the group that a parameter is a view of
     _, values = train_gpt2.load_model(run / "model.pt")
+    assert values.pop("path") == str(run / "model.pt")
     assert {name: value for name, value in values.items() if name != "weights"} == {
         name: value for name, value in saved.items() if name != "weights"}
 
