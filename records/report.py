@@ -530,8 +530,8 @@ def compare(options: argparse.Namespace) -> int:
 # ----------------------------------------------------------------------------------------------------------------------
 # Reference curves and the band around them.
 
-# The record whose recipe a preset is, or, of a larger model, the run that it follows.
 SPEEDRUN_TARGET, VAL_TOKENS = 3.28, Config.val_tokens
+# The record whose recipe a preset is, or, of a larger model, the run that it follows.
 REFERENCE = {"five-minute": 12, "gpt2": 62, "gpt2-medium": "gpt2-medium", "gpt2-xl": "gpt2-xl"}
 # Spread of the final losses of several runs of a record. Record 62 has ranges of six runs at each validation instead.
 # That of gpt2-xl is how far its run and a shorter one lie apart where both have the same rates.
