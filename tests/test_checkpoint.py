@@ -815,7 +815,8 @@ def test_what_is_no_checkpoint_is_refused(unbroken, tmp_path):
     run = unbroken(FIVE)
     for place, words in ((tmp_path / "nowhere.pt", "does not exist"), (tmp_path, "no checkpoint_*.pt"),
                          (run / "checkpoint_0000099.pt", "newest beside it is"),
-                         (run / "model.pt", "without its optimizer"), (run / "log.txt", "torch.save has not written it")):
+                         (run / "model.pt", "without its optimizer"),
+                         (run / "log.txt", "torch.save has not written it")):
         line = refused("--resume", place)
         assert str(place) in line and words in line and "checkpoint" in line
 

@@ -478,4 +478,5 @@ def test_the_whole_tool_on_a_good_and_on_a_bad_machine(tmp_path, capfd):
 def test_bad_options_are_one_line():
     wrong = start([ROOT / "records" / "doctor.py", "--preset", "huge"])
     assert wrong.returncode == 1 and not wrong.stdout
-    assert wrong.stderr == "--preset huge is not one of gpt2, five-minute, gpt2-medium, gpt2-xl, tiny; the nearest is --preset gpt2-medium\n"
+    assert wrong.stderr == ("--preset huge is not one of gpt2, five-minute, gpt2-medium, gpt2-xl, tiny; the nearest is "
+                            "--preset gpt2-medium\n")
