@@ -2,6 +2,7 @@
 
     torchrun --standalone --nproc_per_node=8 train_gpt2.py     # the hundred-second recipe
     python train_gpt2.py --preset five-minute                  # where it came from: 124M, Muon, FlexAttention
+    python train_gpt2.py --preset gpt2-medium                  # 613M to 2.92; gpt2-xl: the 1.5B of October 2024
     python train_gpt2.py --preset tiny                         # a small model through the same code, on a CPU
     python train_gpt2.py --help                                # every setting, with its default and unit
 
@@ -157,7 +158,7 @@ class Config:
     split_precision: bool = setting(True, "true|false", "bfloat16 matrices, their 16 low bits beside the optimizer")
     adam_embedding: Floats = setting((0.008, 0.5, 0.95, 0.75), ADAM, "Adam, token embedding once it is untied")
     adam_head: Floats = setting((0.008, 0.5, 0.95, 0.75), ADAM, "Adam, output head, and embedding while tied")
-    adam_tables: Floats = setting((0.6, 0.75, 0.95, 0.025), ADAM, "Adam, value embeddings and bigram table")
+    adam_tables: Floats = setting((0.6, 0.75, 0.95, 0.025), ADAM, "Adam, the other tables: by token or by pair of them")
     adam_gates: Floats = setting((0.008, 0.9, 0.99, 0.005), ADAM, "Adam, gates")
     gate_shares: Floats = setting((0.01, 0.05), "smear,skip", "their gates' part of the rate of gates; no decay")
     adam_x0: Floats = setting((0.04, 0.65, 0.95, 0.0), ADAM, "Adam, weights of the embedding in the stream")
@@ -309,7 +310,7 @@ def parse_value(flag: str, text: str, option: dataclasses.Field):
 
 
 def check_config(config: Config) -> Config:
-    """The same. Raises Refusal for combinations that cannot work, each with the nearest value that does."""
+    """Returns it. Raises Refusal for combinations that cannot work, each with the nearest value that does."""
     def refuse(name: str, problem: str, better) -> None:
         raise Refusal(f"{spelled_flag(name)} {spelled(getattr(config, name))} {problem}; "
                       f"the nearest is {spelled_flag(name)} {spelled(better)}")
@@ -332,6 +333,7 @@ def check_config(config: Config) -> Config:
     if config.paired_layers and config.heads % 2:
         refuse("heads", "cannot be paired (--paired-layers none does without)", config.heads + 1)
     divisible = {"row_tokens": ((MASK_BLOCK,), "mask blocks"), "val_row_tokens": ((MASK_BLOCK,), "mask blocks"),
+                 "gate_channels": ((4,), "fours: each gate begins on 16 bytes"),
                  "tokens_per_step": (config.row_tokens, "rows"), "width": ((2 * config.heads,), "pairs for each head")}
     for name, (units, what) in divisible.items():
         value = getattr(config, name)
@@ -386,15 +388,15 @@ def value_at(values: tuple | list, stage: int):
     return values[min(stage, len(values) - 1)]
 
 
-def stage_borders(config: Config) -> list[int]:
-    """The steps where stages 1, 2, ... begin, equal parts of the schedule (#46), and the last, the extension."""
-    return [math.ceil(part) for part in stage_ends(config)]
-
-
 def stage_ends(config: Config) -> list[float]:
-    """In steps, where a stage may end within one."""
+    """Where the stages, equal parts of the schedule (#46), end, in steps; it may be within one."""
     scheduled = config.steps - round(config.extension * config.steps)
     return [scheduled * part / config.stages for part in range(1, config.stages + 1)]
+
+
+def stage_borders(config: Config) -> list[int]:
+    """The steps where stages 1, 2, ... begin; with the last one the extension does."""
+    return [math.ceil(end) for end in stage_ends(config)]
 
 
 def stage_of(step: int, config: Config) -> int:
@@ -940,6 +942,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask | list[Spa
 # ----------------------------------------------------------------------------------------------------------------------
 # Model. In: a batch of rows and their masks. Out: the last hidden state (R, T, D), which the loss takes to logits.
 
+
 def rms_norm(x: Tensor, epsilon: float) -> Tensor:
     """x / sqrt(mean(x^2) + epsilon) over the last axis, without gain. The epsilon is explicit because torch's default
     for bf16 changed from 2^-7 to 2^-23 in January 2025, and the five-minute run had the former."""
@@ -1101,9 +1104,10 @@ def run_block(block: Block, *arguments) -> tuple[Tensor, Tensor | None]:
 
 
 class GPT(nn.Module):
-    """The language model. Parameters: embedding and head (V, D), per block 12 D^2 (at mlp_ratio 4), tables of value
-    embeddings and bigrams, gates and a few scalars. What changes with the stage, rotary tables and softmax scale, are
-    buffers that `enter_stage` fills; `tied` says that embedding and head are one table for now."""
+    """The language model. Parameters: embedding and head (V, D), only the head if they are never to part; per block
+    12 D^2 (at mlp_ratio 4); tables of value embeddings, of bigrams, of a second embedding; gates and a few scalars.
+    What changes with the stage, rotary tables and softmax scale, are buffers that `enter_stage` fills; `tied` says that
+    embedding and head are one table for now."""
 
     def __init__(self, config: Config, vocabulary: int, dtype: torch.dtype):
         """Weights are drawn on the CPU from config.seed, so that every process and device starts from the same ones."""
@@ -1115,9 +1119,10 @@ class GPT(nn.Module):
         wide, width = at_least_float32(dtype), config.width
         draw = torch.Generator().manual_seed(config.seed)
         table = torch.randn(padded, width, generator=draw) * (config.tied_init if self.tied else 1)
-        self.embedding = nn.Parameter(table.to(dtype)) if config.tied_until < 1 else None
-        head = table if self.tied else torch.zeros_like(table)  # wide, unless it shall part from an embedding (#51)
-        self.head = nn.Parameter(head.to(dtype if self.tied and config.tied_until < 1 else wide, copy=True))
+        head, one_table = table if self.tied else torch.zeros_like(table), config.tied_until == 1
+        self.embedding = None if one_table else nn.Parameter(table.to(dtype))
+        becomes_two = self.tied and not one_table  # then the head has the type of the embedding that copies it (#51)
+        self.head = nn.Parameter(head.to(dtype if becomes_two else wide, copy=True))
         self.blocks = nn.ModuleList(Block(config, layer, dtype) for layer in self.plan)
         for block in self.blocks:  # what adds to the stream starts at zero
             drawn = [(block.attention[:3], config.attention_init)] if block.attends else []
@@ -1543,7 +1548,7 @@ class Adam(Group):
 
 def optimizer_groups(model: GPT, config: Config, dtype: torch.dtype, processes: Processes) -> dict[str, Group]:
     """Every parameter in exactly one group, in the order in which backward completes them."""
-    named, last_tied = dict(model.named_parameters()), last_tied_step(config)
+    named = dict(model.named_parameters())
 
     def those(*endings: str) -> list[nn.Parameter]:
         return [p for name, p in named.items() if name.endswith(endings)]
@@ -1555,15 +1560,15 @@ def optimizer_groups(model: GPT, config: Config, dtype: torch.dtype, processes: 
     tables = (("values", list(model.value_tables), config.adam_tables, -1),
               ("second", those("second_table"), config.adam_tables, -1),
               ("bigrams", those("bigram_table"), config.adam_tables, -1),
-              ("embedding", those("embedding"), config.adam_embedding, last_tied))
-    apart = {id(p) for _, parameters, *_ in (*matrices, *tables) for p in (*parameters, model.head)}
+              ("embedding", those("embedding"), config.adam_embedding, last_tied_step(config)))
+    large = {id(model.head), *(id(p) for _, parameters, *_ in (*matrices, *tables) for p in parameters)}
     # Gates before scalars, so that each begins on 16 bytes: where layers share a compiled graph, its kernels rely on
     # what they saw of the first layer's, and a GPU's wide loads fault elsewhere.
-    small = sorted(((name, p) for name, p in named.items() if id(p) not in apart), key=lambda named: -named[1].numel())
-    rate, *betas, _ = config.adam_gates  # the gates of smear (#52) and skip (#55) move more slowly
-    slow = dict(zip(("smear_gate", "skip_gate"), config.gate_shares, strict=True))
+    small = sorted(((name, p) for name, p in named.items() if id(p) not in large), key=lambda named: -named[1].numel())
+    (rate, *betas, _), (smear_share, skip_share) = config.adam_gates, config.gate_shares
     settings = {"attention_gate": config.adam_gates, "value_gate": config.adam_gates, "x0": config.adam_x0,
-                "second": config.adam_x0} | {name: (share * rate, *betas, 0.0) for name, share in slow.items()}
+                "second": config.adam_x0, "smear_gate": (smear_share * rate, *betas, 0.0),  # slower (#52, #55)
+                "skip_gate": (skip_share * rate, *betas, 0.0)}
     each = [settings.get(name.split(".")[-1], config.adam_scalars) for name, _ in small]
 
     groups = [Adam("head", [model.head], 1, [config.adam_head], config, processes)]
@@ -1961,8 +1966,10 @@ TO_GO_ON = {"state": dict, "cursor": tuple, "seconds": float, "validated": int, 
 
 def unusable(path: str | Path, error: Exception) -> Refusal:
     reason = " ".join(str(error).split()).split(". ")[0][:200] or "no reason given"
-    known = {zipfile.BadZipFile: "torch.save has not written it", ValueError: reason}
-    reason = getattr(error, "strerror", None) or known.get(type(error)) or f"{type(error).__name__}, {reason}"
+    if isinstance(error, zipfile.BadZipFile):
+        reason = "torch.save has not written it"
+    elif type(error) is not ValueError:  # whose words are ours
+        reason = getattr(error, "strerror", None) or f"{type(error).__name__}, {reason}"
     return Refusal(f"cannot use {path} as a checkpoint: {reason}; expected a file written by this train_gpt2.py; train "
                    "one: python train_gpt2.py --preset tiny")
 
@@ -2204,10 +2211,6 @@ def can_compile(config: Config, processes: Processes, dtype: torch.dtype, log: R
     if head_width < 16 or dtype == torch.float64:
         raise Refusal(f"attention heads of {head_width} channels in {str(dtype)[6:]} cannot be compiled, expected at "
                       "least 16 in bfloat16 or float32; give --compile none")
-    channels = min(config.gate_channels, config.width)
-    if config.heads * channels % 4 and (config.attention_gates or config.value_gates):  # see `optimizer_groups`
-        raise Refusal(f"{config.heads} x {channels} gate weights cannot be compiled, expected a multiple of 4; the "
-                      f"nearest is --gate-channels {max(4, round(channels / 4) * 4)}; or give --compile none")
     if importlib.util.find_spec("triton") is None:
         log.line("notice: Triton is not installed, so nothing is compiled: the same numbers, slower")
         return False
