@@ -155,8 +155,8 @@ def accuracies(model: GPT, items: list[Item], encode: Callable[[str], list[int]]
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Command line. Raises Refusal for what is no checkpoint, for models of other tokens whose
-    encoding is not given, for a set that cannot be had."""
+    """Command line. Raises Refusal for what is no checkpoint, for models of other tokens whose encoding is not given,
+    for a set that cannot be had."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", metavar="CHECKPOINT",
                         help="a model.pt or checkpoint_*.pt, or a run folder: its model.pt, else its newest checkpoint")

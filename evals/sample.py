@@ -23,12 +23,12 @@ from torch import Tensor, nn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 
-from text import encoding_named
+from text import BYTES, encoding_named
 
 import train_gpt2 as script
 from train_gpt2 import GPT, Refusal
 
-BYTES_VOCABULARY, BYTES_SEPARATOR = 257, 256
+BYTES_VOCABULARY, BYTES_SEPARATOR = BYTES.vocabulary, BYTES.separator
 CHUNK = 512  # tokens of a prompt that go through the model at once
 
 

@@ -52,7 +52,7 @@ FILES = re.compile(r"--(train|val)[-_]files")
 BY_CLOCK, BY_AVERAGE, WHOLE = MEASURES = (
     "ms per step by train_time", "ms per step by the last step_avg", "ms of the whole command")
 STATE = ("--query-gpu=index,name,driver_version,clocks.sm,clocks.max.sm,clocks.mem,clocks.max.mem,power.limit,"
-         "temperature.gpu,{}.active")
+         "temperature.gpu,clocks_event_reasons.active")
 
 # ----------------------------------------------------------------------------------------------------------------------
 # What is compared. In: two words. Out: a command and a folder for each.
@@ -248,9 +248,7 @@ def asked(question, *arguments):
 
 def gpu_state() -> list[str]:
     """A line for each GPU."""
-    rows = asked(doctor.table, STATE.format("clocks_event_reasons"))
-    if "not a valid field" in rows:  # older drivers have another name for it
-        rows = asked(doctor.table, STATE.format("clocks_throttle_reasons"))
+    rows = asked(doctor.table, STATE)
     if isinstance(rows, str):
         return [rows] * bool(rows)
     lines = []

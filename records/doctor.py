@@ -30,10 +30,10 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 INSTALL = "python -m pip install -r requirements.txt"
 try:
     import torch
-    from timing import MIB, best_of, doubled, free_memory, predicted_memory
+    from timing import MIB, best_of, doubled, free_memory, predicted_memory, vocabulary_of
     from train_gpt2 import (GPT2_VOCABULARY, HEAD_UNIT, PRESETS, Config, Processes, Refusal, attend, block_mask,
                             check_processes, compute_dtype, first_visible_key, float8, float8_head, loss_of_chunk,
-                            open_data, open_shard, parse_command_line, read_tokens, span_mask)
+                            open_data, parse_command_line, read_tokens, span_mask)
 except Exception as broken:  # a missing or damaged package, a Python that is too old
     sys.exit(f"mend     software: Python {sys.version.split()[0]} cannot import the trainer: "
              f"{' '.join(str(broken).split())}; with Python 3.10 or newer: {INSTALL}")
@@ -44,8 +44,8 @@ EXPECTED_BANDWIDTH = 100.0  # GB/s between GPUs joined by NVLink
 TOLERANCE = {torch.bfloat16: 0.02, torch.float32: 0.002, torch.float64: 0.002}  # of the norm; a wrong mask: 0.1 or more
 FLOAT8_TOLERANCE = (0.01, 0.15)  # loss, gradients, whose slopes have two bits after the leading one
 HOT, SHARED_MEMORY, OPEN_FILES, CACHE_SIZE = 85, GIB, 1024, 100 * MIB  # CACHE_SIZE: compiled graphs of a process, about
-QUERY = ("--query-gpu=index,temperature.gpu,clocks.sm,clocks.max.sm,power.limit,power.default_limit,{}.active,"
-         "ecc.errors.uncorrected.volatile.total,memory.used,memory.total")
+QUERY = ("--query-gpu=index,temperature.gpu,clocks.sm,clocks.max.sm,power.limit,power.default_limit,"
+         "clocks_event_reasons.active,ecc.errors.uncorrected.volatile.total,memory.used,memory.total")
 REASONS = {  # bits of the driver's answer that slow a GPU down; 1 is idle
     0x2 | 0x10 | 0x100: "has clocks that were set: sudo nvidia-smi -i {0} -rgc && sudo nvidia-smi -i {0} -rac",
     0x4: "is held back by its power limit: end what runs there, or sudo nvidia-smi -i {0} -pl WATTS",
@@ -72,7 +72,13 @@ def run(command: str) -> str | None:
 
 def table(query: str) -> list[list[str]]:
     """Rows and cells that nvidia-smi gives; none without it."""
-    lines = (run(f"nvidia-smi {query} --format=csv,noheader,nounits") or "").splitlines()
+    try:
+        lines = (run(f"nvidia-smi {query} --format=csv,noheader,nounits") or "").splitlines()
+    except RuntimeError as error:
+        older = query.replace("clocks_event_reasons", "clocks_throttle_reasons")  # their name in older drivers
+        if older == query or "not a valid field" not in str(error):
+            raise
+        return table(older)
     return [[cell.strip() for cell in line.split(",")] for line in lines if line.strip()]
 
 
@@ -86,8 +92,8 @@ def number(text: str) -> float:
 def sizes(config: Config, gpus: int, world: int) -> dict[str, int]:
     """Bytes of one of `world` processes, by what they are for, from shapes alone."""
     device, vocabulary = torch.device("cuda" if gpus else "cpu"), GPT2_VOCABULARY
-    with contextlib.suppress(Refusal, ValueError):  # without shards, as for GPT-2
-        vocabulary = open_shard(min(glob.glob(config.train_files))).vocabulary
+    with contextlib.suppress(Refusal):  # a damaged shard, which another check names
+        vocabulary, _ = vocabulary_of(config)
     return predicted_memory(config, vocabulary, compute_dtype(config, device), world, device)
 
 
@@ -152,12 +158,7 @@ def gpu_state(config: Config, gpus: int) -> Finding:
     """Clocks, power, heat, errors and users of each GPU, while nothing of ours is on them."""
     if config.device == "cpu" or run("nvidia-smi -L") is None:
         return "skipped", "--device cpu" if config.device == "cpu" else "no NVIDIA driver"
-    try:
-        rows = table(QUERY.format("clocks_event_reasons"))
-    except RuntimeError as error:
-        if "not a valid field" not in str(error):
-            raise
-        rows = table(QUERY.format("clocks_throttle_reasons"))  # their name in older drivers
+    rows = table(QUERY)
     which, need = {}, sum(sizes(config, gpus, gpus).values()) / MIB if gpus else 0  # GPUs by problem
     for index, *cells in rows:
         heat, _, _, limit, usual, reasons, errors, used, total = map(number, cells)

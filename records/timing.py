@@ -362,9 +362,10 @@ def stage_memory(config: Config, shapes: Shapes, dtype: torch.dtype, world: int,
 
 def validation_memory(config: Config, shapes: Shapes, dtype: torch.dtype, device: torch.device) -> int:
     """What compiled validation needs beside weights, gradients, state and tables, about, in bytes: embedding, its norm,
-    the stream, bigrams, values, a skip and a kept output; the MLP's input and hidden channels; a chunk of logits."""
+    the stream, bigrams, a second embedding, values, a skip and a kept output; the MLP's input and hidden channels; a
+    chunk of logits."""
     tokens = rows_at_once(config, config.val_row_tokens, device) * config.val_row_tokens
-    units = 3 + bool(config.bigram) + bool(config.value_layers) + 2 + 1 + 2 * config.mlp_ratio
+    units = 3 + bool(config.bigram) + config.second_embedding + bool(config.value_layers) + 2 + 1 + 2 * config.mlp_ratio
     chunk = min(config.loss_chunk, tokens) * shapes.parameters["head"].shape[0]
     return tokens * (config.width * units + 4 + 8 + 1) * dtype.itemsize + 2 * chunk * dtype.itemsize
 
