@@ -22,17 +22,17 @@ import torch
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parent / "data")]
 from text import BYTES, write_shard  # noqa: E402
-from train_gpt2 import PRESETS, Config, Processes, train  # noqa: E402
+from train_gpt2 import Config, Processes, preset_values, train  # noqa: E402
 
 STORED, BAND = HERE / "check.json", 0.005  # nats; another order of additions moves a loss by about 0.0001
 SAME = {"steps": 20, "val_every": 10, "micro_tokens": 1024, "loss_chunk": 700, "seed": 0,
         "device": "cpu", "dtype": "float32", "compile": "none"}
 FIXED = {
     "five-minute": Config(**{
-        **PRESETS["five-minute"], "preset": "five-minute", **SAME, "tokens_per_step": (2048,), "row_tokens": (256,),
+        **preset_values("five-minute"), **SAME, "tokens_per_step": (2048,), "row_tokens": (256,),
         "val_row_tokens": 256, "layers": 4, "heads": 2, "width": 128, "window": (127,)}),
     "gpt2": Config(**{
-        **PRESETS["gpt2"], "preset": "gpt2", **SAME, "extension": 0.1, "tokens_per_step": (1024, 2048, 3072),
+        **preset_values("gpt2"), **SAME, "extension": 0.1, "tokens_per_step": (1024, 2048, 3072),
         "row_tokens": (128, 256, 384), "val_row_tokens": 512, "layers": 11, "heads": 2, "width": 64,
         "window": (48, 64, 96, 128), "window_short": (16, 32, 48, 64), "window_final": 192,
         "long_documents": "continue", "document_tokens": 200, "muon_lr": 0.05, "adam_head": (0.03, 0.5, 0.95, 0.75),
