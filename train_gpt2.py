@@ -13,7 +13,8 @@ Part II is the machinery: command line, processes, log, checkpoints, clock and s
 
 Importing this file does nothing. State lives in three places only: a frozen Config, the model's
 parameters, the optimizers' buffers. (#49) is record 49 of the speedrun, which brought a technique.
-Shapes: R rows, T tokens of a row, D width, H heads, K = D / H, V vocabulary.
+Shapes: R rows, T tokens of a row, D width, H heads, K = D / H, V vocabulary. Arguments that have a
+shape are tensors; config, model, groups, stream, phase, processes and step are what they are called.
 """
 
 import argparse
@@ -64,7 +65,7 @@ from tqdm import tqdm
 STAGES = 3  # equal parts of the schedule; the extension after them is one more
 
 
-def setting(default, text: str, low=0.0, high=1e18, choices: tuple = (), by_stage: bool = False):
+def setting(default, text, low=0.0, high=1e18, choices=(), by_stage=False):
     """A field of Config. Lists by stage hold a value per stage, and the last value repeats; other
     lists of whole numbers are of any length, of other numbers as long as the default."""
     many = type(default) is tuple
@@ -268,7 +269,7 @@ PRESETS = {
 }
 
 
-def preset_values(name: str, without: tuple[str, ...] = ()) -> dict:
+def preset_values(name, without=()):
     """The settings of a preset, with further techniques turned off."""
     values = {"preset": name}
     for technique in PRESETS[name].without:
@@ -283,35 +284,35 @@ def preset_values(name: str, without: tuple[str, ...] = ()) -> dict:
 # Schedules. In: the step, from 0. Out: numbers. Pure functions; lengths are shares of the run.
 
 
-def value_at(values: tuple, stage: int):
+def value_at(values, stage):
     """A setting by stage: one value per stage, the last value repeats."""
     return values[min(stage, len(values) - 1)]
 
 
-def stage_ends(config: Config) -> list[float]:
+def stage_ends(config):
     """Where the stages end, in steps: equal parts of the schedule (#46), maybe within a step."""
     scheduled = config.steps - round(config.extension * config.steps)
     return [scheduled * part / STAGES for part in range(1, STAGES + 1)]
 
 
-def stage_borders(config: Config) -> list[int]:
+def stage_borders(config):
     """The first steps of stages 1, 2 and of the extension."""
     return [math.ceil(end) for end in stage_ends(config)]
 
 
-def stage_of(step: int, config: Config) -> int:
+def stage_of(step, config):
     """0, 1, 2, or 3 in the extension. The last validation belongs to the last step's stage."""
     return sum(min(step, config.steps - 1) >= border for border in stage_borders(config))
 
 
-def tokens_until(step: int, config: Config) -> int:
+def tokens_until(step, config):
     """Training tokens of the steps before this one."""
     borders = [0, *stage_borders(config), config.steps]
     lengths = [max(0, min(step, end) - begin) for begin, end in zip(borders, borders[1:], strict=False)]
     return sum(n * value_at(config.tokens_per_step, stage) for stage, n in enumerate(lengths))
 
 
-def learning_rate_factor(step: int, config: Config) -> float:
+def learning_rate_factor(step, config):
     """Factor on all learning rates: a level by stage, then linear to the floor at the end of the
     schedule (#19). A stage that begins with a step has its level from the next step on, as in #46."""
     ends = stage_ends(config)
@@ -321,7 +322,7 @@ def learning_rate_factor(step: int, config: Config) -> float:
     return level * left + config.rate_floor * (1 - left)
 
 
-def momentum_at(step: int, config: Config) -> float:
+def momentum_at(step, config):
     """Muon's momentum rises over the first steps (#12) and falls over the last ones (#39)."""
     rise = max(1, round(config.momentum_warmup * config.steps))
     fall = max(1, round(config.momentum_cooldown * config.steps))
@@ -329,15 +330,15 @@ def momentum_at(step: int, config: Config) -> float:
     return config.muon_momentum_start + (config.muon_momentum - config.muon_momentum_start) * high
 
 
-def windows_at(step: int, config: Config) -> tuple[int, int]:
+def windows_at(step, config):
     """(long, short) windows in tokens. They grow by stage (#29); the last validation sees further
     (#31)."""
-    stage, is_last = stage_of(step, config), step == config.steps and config.window_final > 0
-    long = config.window_final if is_last else value_at(config.window, stage)
-    return long, value_at(config.window_short, stage)
+    stage = stage_of(step, config)
+    long, short = value_at(config.window, stage), value_at(config.window_short, stage)
+    return (config.window_final or long) if step == config.steps else long, short
 
 
-def token_weights(step: int, config: Config) -> tuple[float, ...]:
+def token_weights(step, config):
     """Weights of the losses of the next token, the one after it, ...: 1, 1/2, 1/4 (#53). Each stage
     predicts one token less than the stage before; in the course of it the last weight falls to 0."""
     stage, ends = stage_of(step, config), stage_ends(config)
@@ -347,7 +348,7 @@ def token_weights(step: int, config: Config) -> tuple[float, ...]:
     return tuple(weights)
 
 
-def last_tied_step(config: Config) -> int:
+def last_tied_step(config):
     """The last step in which embedding and head are one table (#53): one where Adam updates. -1: none."""
     if not config.tied_until:
         return -1
@@ -364,12 +365,12 @@ class Phase(NamedTuple):
     tied: bool  # embedding and head are one table
 
 
-def phase_at(step: int, config: Config) -> Phase:
+def phase_at(step, config):
     tied = step <= last_tied_step(config)
     return Phase(stage_of(step, config), windows_at(step, config), token_weights(step, config), tied)
 
 
-def yarn(stage: int, config: Config) -> tuple[Tensor, float]:
+def yarn(stage, config):
     """Rotary frequencies, (n,) float64 in radians per token, and the softmax scale of a stage.
 
     YaRN (#31): where the window grows from W to W', a frequency of less than one turn within W is
@@ -408,43 +409,39 @@ class Shard(NamedTuple):
     separator: int
 
 
-def shard_command(path: str) -> str:
+def shard_command(path):
     """The command that makes such shards."""
     if "fineweb" in path:
         return "python data/fineweb.py 10"
     return f"python data/text.py TEXT... --out {shlex.quote(os.path.dirname(path))}"
 
 
-def damaged(path: str, problem: str) -> "UserError":
+def damaged(path, problem):
     return UserError(f"{path} {problem}; remove it and make it again: {shard_command(path)}")
 
 
-def open_shard(path: str) -> Shard:
+def open_shard(path):
     """Compare the header with the file. Raises UserError."""
     if not os.path.isfile(path):
         raise damaged(path, "is not a regular file")
-    try:
-        header, size = np.fromfile(path, "<i4", HEADER_BYTES // 4), os.path.getsize(path)
-    except OSError as error:
-        raise damaged(path, f"cannot be read: {error.strerror}") from None
-    if size < HEADER_BYTES:
-        raise damaged(path, f"has {size} bytes, fewer than a shard's header of {HEADER_BYTES}")
-    magic, version, count, vocabulary, separator = header[:5].tolist()
+    header = np.zeros(HEADER_BYTES // 4, "<i4")
+    with open(path, "rb") as file:
+        file.readinto(header)
+    (magic, version, count, vocabulary, separator), size = header[:5].tolist(), os.path.getsize(path)
+    vocabulary = vocabulary or GPT2_VOCABULARY  # 0 in FineWeb's shards
+    separator = separator or (GPT2_SEPARATOR if vocabulary > GPT2_SEPARATOR else 0)
     if (magic, version) != (SHARD_MAGIC, SHARD_VERSION):
         raise damaged(path, f"is no token shard: it begins with {magic}, {version}, "
                             f"expected {SHARD_MAGIC}, {SHARD_VERSION}")
     if count <= 0 or size != HEADER_BYTES + 2 * count:
-        raise damaged(path, f"has {size} bytes, expected {HEADER_BYTES + 2 * count} "
-                            f"for its {count} tokens")
-    vocabulary = vocabulary or GPT2_VOCABULARY  # 0 in FineWeb's shards
-    separator = separator or (GPT2_SEPARATOR if vocabulary > GPT2_SEPARATOR else 0)
+        raise damaged(path, f"has {size} bytes, expected {HEADER_BYTES + 2 * count} for {count} tokens")
     if not 0 <= separator < vocabulary <= 65_536:
         raise damaged(path, f"has vocabulary {vocabulary} and separator {separator}, expected at "
                             "most 65536, and a separator within it")
     return Shard(path, count, vocabulary, separator)
 
 
-def read_tokens(shard: Shard, start: int, count: int) -> np.ndarray:
+def read_tokens(shard, start, count):
     """(count,) uint16. Raises UserError if the file has changed or holds an impossible token."""
     try:
         tokens = np.fromfile(shard.path, "<u2", count, offset=HEADER_BYTES + 2 * start)
@@ -461,7 +458,7 @@ def read_tokens(shard: Shard, start: int, count: int) -> np.ndarray:
 class TokenStream:
     """The shards of a glob, in name order, as one sequence. Beyond its end it starts over."""
 
-    def __init__(self, pattern: str):
+    def __init__(self, pattern):
         """Raises UserError."""
         self.pattern, paths = pattern, sorted(glob.glob(os.path.expanduser(pattern)))
         if not paths:
@@ -475,7 +472,7 @@ class TokenStream:
         self.first = np.cumsum([0, *(shard.tokens for shard in self.shards)])  # of each shard; the end
         self.tokens = int(self.first[-1])
 
-    def fingerprints(self) -> dict[str, list[int]]:
+    def fingerprints(self):
         """Of each shard, to know it again: its header, and a checksum of 64 pieces of 1,024 tokens."""
         found = {}
         for number, shard in enumerate(self.shards):
@@ -485,13 +482,13 @@ class TokenStream:
             found[f"{number}: {Path(shard.path).name}"] = [*shard[1:], checksum]
         return found
 
-    def place(self, position: int) -> tuple[Shard, int]:
+    def place(self, position):
         """The shard of a position, and the position within it."""
         position %= self.tokens
         index = int(np.searchsorted(self.first, position, side="right")) - 1
         return self.shards[index], position - int(self.first[index])
 
-    def read(self, position: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+    def read(self, position, count):
         """(count,) uint16 tokens, and (count,) bool: where a document starts."""
         tokens, filled = np.empty(count, np.uint16), 0
         while filled < count:
@@ -520,7 +517,7 @@ class Batch(NamedTuple):
     following: Cursor = Cursor()  # of the next step
 
 
-def training_row(stream: TokenStream, position: int, row_tokens: int, config: Config) -> tuple:
+def training_row(stream, position, row_tokens, config):
     """The row that begins at `position`: (T + 1,) uint16, inputs and the last target; (T + 1,) bool,
     where a document starts; and the position of the next row. Every row begins with a document, none
     longer than document_tokens (#29). What is cut off, by that or by the row's end, is dropped, or
@@ -541,7 +538,7 @@ def training_row(stream: TokenStream, position: int, row_tokens: int, config: Co
         span *= 2
 
 
-def shuffled_rows(stream: TokenStream, config: Config, row_tokens: int, epoch: int) -> list[int]:
+def shuffled_rows(stream, config, row_tokens, epoch):
     """Where each whole row of the stream begins, in the order of an epoch, to be taken from the end."""
     positions = [0]
     while positions[-1] < stream.tokens:
@@ -551,8 +548,7 @@ def shuffled_rows(stream: TokenStream, config: Config, row_tokens: int, epoch: i
     return np.random.default_rng((config.seed, epoch)).permutation(positions).tolist()
 
 
-def step_rows(stream: TokenStream, config: Config, first: int = 0,
-              cursor: Cursor = Cursor()) -> Iterator[tuple[list, Cursor]]:
+def step_rows(stream, config, first=0, cursor=Cursor()):
     """Yield the rows of each step from `first` on, with their positions, and the next step's cursor."""
     position, epoch, left = cursor
     size = value_at(config.row_tokens, stage_of(max(0, first - 1), config))
@@ -570,8 +566,7 @@ def step_rows(stream: TokenStream, config: Config, first: int = 0,
         yield rows, Cursor(position, epoch, len(drawn))
 
 
-def step_batches(stream: TokenStream, config: Config, processes: "Processes", first: int = 0,
-                 cursor: Cursor = Cursor()) -> Iterator[Batch]:
+def step_batches(stream, config, processes, first=0, cursor=Cursor()):
     """Yield this process's share of each step's rows: consecutive ones, as many as others have."""
     for rows, following in step_rows(stream, config, first, cursor):
         share = len(rows) // processes.world
@@ -581,7 +576,7 @@ def step_batches(stream: TokenStream, config: Config, processes: "Processes", fi
         yield Batch(tokens[:, :-1].int(), tokens[:, 1:].long(), starts[:, :-1], positions, following)
 
 
-def validation_rows(stream: TokenStream, position: int, rows: int, row_tokens: int, end: int) -> Batch:
+def validation_rows(stream, position, rows, row_tokens, end):
     """Rows of the stream as it comes. Inputs from position `end` on have no target."""
     tokens, starts = stream.read(position, rows * row_tokens + 1)
     targets = tokens[1:].astype(np.int64)
@@ -590,30 +585,19 @@ def validation_rows(stream: TokenStream, position: int, rows: int, row_tokens: i
     return Batch(*(torch.from_numpy(part).view(rows, row_tokens) for part in parts))
 
 
-def prefetched(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
-    """Yield the batches on the device. The next one is read and copied while this one is used."""
-    copies = torch.cuda.Stream(device) if device.type == "cuda" else None
-
-    def fetch() -> Batch | None:
-        batch = next(batches, None)
-        if copies is None or batch is None:
-            return batch
-        torch.cuda.set_device(device)  # a new thread starts on GPU 0
-        with torch.cuda.stream(copies):
-            parts = [part.pin_memory().to(device, non_blocking=True) for part in batch[:3]]
-        copies.synchronize()
-        return Batch(*parts, *batch[3:])
-
+def prefetched(batches, device):
+    """Yield the batches on the device. The next one is read while this one is used."""
     with ThreadPoolExecutor(max_workers=1) as reader:
-        upcoming = reader.submit(fetch)
+        upcoming = reader.submit(next, batches, None)
         while (batch := upcoming.result()) is not None:
-            upcoming = reader.submit(fetch)
-            for part in batch[:3] if copies else ():  # no later copy may reuse what this step reads
-                part.record_stream(torch.cuda.current_stream(device))
+            upcoming = reader.submit(next, batches, None)
+            if device.type == "cuda":  # copied beside the step before: the host does not wait
+                parts = [part.pin_memory().to(device, non_blocking=True) for part in batch[:3]]
+                batch = Batch(*parts, *batch[3:])
             yield batch
 
 
-def tokens_needed(stream: TokenStream, config: Config) -> int:
+def tokens_needed(stream, config):
     """How far a run reads into the stream. Where documents are cut short, its rows are packed to
     find out; beyond four passes over the stream, a part of them."""
     inputs = tokens_until(config.steps, config)
@@ -633,19 +617,19 @@ def tokens_needed(stream: TokenStream, config: Config) -> int:
 MASK_BLOCK = 128
 
 
-def first_visible_key(starts: Tensor, window: int) -> Tensor:
+def first_visible_key(starts, window):
     """(R, T) bool, tokens -> (R, T) int32: the first key of each query, at most `window` before it."""
     position = torch.arange(starts.shape[1], dtype=torch.int32, device=starts.device)
     document = (position * starts).cummax(dim=1).values
     return torch.maximum(document, position - min(window, len(position)))
 
 
-def interval_rule(first_key: Tensor):
+def interval_rule(first_key):
     """The mask itself, for FlexAttention: (row, head, query, key) -> may the query see the key?"""
     return lambda row, head, query, key: (first_key[row, query] <= key) & (key <= query)
 
 
-def block_mask(first_key: Tensor) -> BlockMask:
+def block_mask(first_key):
     """(R, T) int32 -> BlockMask of squares of 128, made on the device without waiting for it.
 
     Query block i visits key blocks [reach[i], i]. Those in [inside[i], i) are wholly visible; the
@@ -661,7 +645,7 @@ def block_mask(first_key: Tensor) -> BlockMask:
     full_end = torch.searchsorted(inside.contiguous(), key, right=True, out_int32=True)
     partial_end = torch.searchsorted(reach.contiguous(), key, right=True, out_int32=True)
 
-    def listed(begin: Tensor, end: Tensor, diagonal: int) -> tuple[Tensor, Tensor]:
+    def listed(begin, end, diagonal):
         """Intervals -> counts (R, 1, N) and lists (R, 1, N, N), with the diagonal in front or not."""
         numbers = (begin[..., None] - diagonal + block).clamp_(max=len(block) - 1)
         if diagonal:
@@ -679,7 +663,7 @@ class Span(NamedTuple):
     visible: Tensor  # (R, 1, queries, keys) bool: which sees which
 
 
-def span_mask(first_key: Tensor, block: int = 2 * MASK_BLOCK) -> list[Span]:
+def span_mask(first_key, block=2 * MASK_BLOCK):
     """(R, T) int32 -> the same mask where FlexAttention has no backward, on a CPU."""
     row, position = (torch.arange(size, device=first_key.device) for size in first_key.shape)
     rule, spans = interval_rule(first_key), []
@@ -691,7 +675,7 @@ def span_mask(first_key: Tensor, block: int = 2 * MASK_BLOCK) -> list[Span]:
     return spans
 
 
-def attention(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask | list[Span]) -> Tensor:
+def attention(query, key, value, mask):
     """Softmax attention, all (R, H, T, K). The query carries the scale."""
     if isinstance(mask, BlockMask):
         return flex_attention(query, key, value, block_mask=mask, scale=1.0)
@@ -707,26 +691,26 @@ def attention(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask | list[
 GATE_CHANNELS, VALUE_TABLES, MLP_RATIO = 12, 3, 4
 
 
-def rms_norm(x: Tensor, epsilon: float) -> Tensor:
+def rms_norm(x, epsilon):
     """x / sqrt(mean(x^2) + epsilon) over the last axis. The epsilon is explicit: torch's default for
     bfloat16 changed from 2^-7, which record 12 had, to 2^-23 in January 2025."""
     return F.rms_norm(x, x.shape[-1:], eps=epsilon)
 
 
-def gate(x: Tensor, weight: Tensor) -> Tensor:
+def gate(x, weight):
     """(..., D), (gates, n) or (n,) -> (..., gates) or (...,) in (0, 1), from the first n channels
     (#28). Weights of zero give 1/2."""
     return torch.sigmoid(x[..., :weight.shape[-1]] @ weight.to(x.dtype).movedim(-1, 0))
 
 
-def rotary_tables(frequencies: Tensor, positions: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def rotary_tables(frequencies, positions, dtype):
     """(n,) float64 radians per token -> cosines and sines, (positions, n), from the row's start."""
     position = torch.arange(positions, dtype=torch.float64, device=frequencies.device)
     angle = torch.outer(position, frequencies)
     return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
-def for_heads(table: Tensor, tokens: int, heads: int, paired: bool) -> Tensor:
+def for_heads(table, tokens, heads, paired):
     """Cosines or sines of all positions -> those of each token, (T, 1, n). In paired layers a token
     has two positions, 2 t + h mod 2 for head h: (T, H, n)."""
     if paired:
@@ -734,7 +718,7 @@ def for_heads(table: Tensor, tokens: int, heads: int, paired: bool) -> Tensor:
     return table[:tokens, None]
 
 
-def rotary(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+def rotary(x, cosine, sine):
     """Rotary position embedding (RoFormer) of (R, T, H, K): channels j and j + n turn together by
     their position's angle, for j < n. Those from 2 n on stay still (half-truncated, #17)."""
     n = cosine.shape[-1]
@@ -742,25 +726,25 @@ def rotary(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     return torch.cat((low * cosine + high * sine, high * cosine - low * sine, still), dim=-1)
 
 
-def previous(x: Tensor) -> Tensor:
+def previous(x):
     """(R, T, ...) -> what stands one position before. Position 0 keeps its own."""
     return torch.cat((x[:, :1], x[:, :-1]), dim=1)
 
 
-def offset_keys(key: Tensor, turning: int) -> Tensor:
+def offset_keys(key, turning):
     """Partial key offset (#49): still channels of a key (R, T, H, K) come from the token before, so
     that one layer finds what followed an earlier occurrence of a token."""
     moving, still = key.split((turning, key.shape[-1] - turning), dim=-1)
     return torch.cat((moving, previous(still)), dim=-1)
 
 
-def smear(embedding: Tensor, weight: Tensor, gate_weight: Tensor) -> Tensor:
+def smear(embedding, weight, gate_weight):
     """Smear (#34): each (R, T, D) embedding takes up a gated share of the one before."""
     share = (weight * gate(embedding, gate_weight)).to(embedding.dtype)[..., None]
     return torch.cat((embedding[:, :1], embedding[:, 1:] + share[:, 1:] * embedding[:, :-1]), dim=1)
 
 
-def bigram_rows(tokens: Tensor, rows: int) -> Tensor:
+def bigram_rows(tokens, rows):
     """Bigram hash (#62): (R, T) int32 -> the table's row of each token and the one before; for the
     first token the last of the `rows`. Products wrap in int32; the remainder is never negative."""
     first = torch.full_like(tokens[:, :1], rows - 1)
@@ -769,17 +753,17 @@ def bigram_rows(tokens: Tensor, rows: int) -> Tensor:
     return torch.cat((first, hashed[:, 1:]), dim=1)
 
 
-def wide(dtype: torch.dtype) -> torch.dtype:
+def wide(dtype):
     """At least float32: of scalars, gates and optimizer state."""
     return torch.promote_types(dtype, torch.float32)
 
 
-def parameter(*shape: int, dtype: torch.dtype, first: float = 0.0, used: bool = True):
+def parameter(*shape, dtype, first=0.0, used=True):
     """A parameter that starts with one value throughout; None where its technique is off."""
     return nn.Parameter(torch.full(shape, first, dtype=dtype)) if used else None
 
 
-def compiled_if(compiled: bool, function):
+def compiled_if(compiled, function):
     return torch.compile(function, dynamic=False, fullgraph=True) if compiled else function
 
 
@@ -794,7 +778,7 @@ class Layer(NamedTuple):
     value_residual: bool
 
 
-def layer_plan(config: Config) -> list[Layer]:
+def layer_plan(config):
     """The layers in order. Value tables are taken in turn: layers 0, 1, 8, 9, 10 take 0, 1, 2, 0, 1."""
     tables = {layer: i % VALUE_TABLES for i, layer in enumerate(sorted(set(config.value_layers)))}
     own_keys = config.short_layers + config.paired_layers
@@ -816,7 +800,7 @@ class Shared(NamedTuple):
 class Block(nn.Module):
     """Attention and MLP. It does not know its number, so that layers share compiled graphs."""
 
-    def __init__(self, config: Config, layer: Layer, dtype: torch.dtype):
+    def __init__(self, config, layer, dtype):
         super().__init__()
         self.heads, self.qk_norm, self.epsilon = config.heads, config.qk_norm, config.rms_epsilon
         self.attends, self.paired, self.key_offset = layer.attends, layer.paired, layer.key_offset
@@ -835,8 +819,7 @@ class Block(nn.Module):
         self.attention_gate = gates(used=layer.attends and config.attention_gates)
         self.value_gate = gates(used=layer.value_table is not None and config.value_gates)
 
-    def forward(self, x: Tensor, shared: Shared, mask, skip: Tensor | None,
-                value_embedding: Tensor | None, first_value: Tensor | None):
+    def forward(self, x, shared, mask, skip, value_embedding, first_value):
         """All (R, T, D), but for layer 0's values (R, T, H, K). Returns the stream, and the values
         of this layer if it is the first."""
         value, x = None, x if skip is None else x + skip
@@ -852,7 +835,7 @@ class Block(nn.Module):
         hidden = F.linear(rms_norm(x, self.epsilon), up).relu().square()  # ReLU^2 (Primer)
         return x + hidden @ down, value if first_value is None else None
 
-    def attend(self, x: Tensor, shared: Shared, mask, value_embedding, first_value):
+    def attend(self, x, shared, mask, value_embedding, first_value):
         """What attention adds to the stream, (R, T, D), and this layer's own values, (R, T, H, K)."""
         rows, tokens, _ = x.shape
         qkv_weight, out_weight = self.attention.to(x.dtype).split((3, 1))
@@ -882,7 +865,7 @@ class Block(nn.Module):
         return F.linear(out.flatten(2), out_weight[0]), own_value
 
 
-def run_block(block: Block, *arguments):
+def run_block(block, *arguments):
     """What is compiled. The block is an argument, so that its weights are inputs of the graph."""
     return block(*arguments)
 
@@ -891,7 +874,7 @@ class GPT(nn.Module):
     """The language model. Parameters: embedding and head (V, D), V padded to a multiple of 64;
     12 D^2 per block; tables of value embeddings and of bigrams; gates and scalars."""
 
-    def __init__(self, config: Config, vocabulary: int, float8: bool = False, compiled: bool = False):
+    def __init__(self, config, vocabulary, float8=False, compiled=False):
         """Weights are drawn on the CPU from config.seed: the same for every process and device.
         float8: the head's products in training. compiled: block by block, so that layers of a kind
         share a graph, and gradients are there as soon as their layer is done."""
@@ -938,7 +921,7 @@ class GPT(nn.Module):
         scales = torch.tensor(scales, dtype=wide(self.dtype))
         self.register_buffer("scales", scales, persistent=False)
 
-    def forward(self, inputs: Tensor, starts: Tensor, phase: Phase) -> Tensor:
+    def forward(self, inputs, starts, phase):
         """(R, T) int32, (R, T) bool -> (R, T, D), normed, ready for the head."""
         config, masks = self.config, attention_masks(self, starts, phase.windows)
         table, bigram = self.head if phase.tied else self.embedding, None
@@ -967,7 +950,7 @@ class GPT(nn.Module):
             x = x - self.backout_mix * outputs[source]
         return rms_norm(x, config.rms_epsilon)
 
-    def skip(self, layer: int, x0: Tensor, outputs: dict[int, Tensor]) -> Tensor | None:
+    def skip(self, layer, x0, outputs):
         """What a layer receives from an earlier one, (R, T, D), if anything."""
         if layer not in self.skips:
             return None
@@ -976,7 +959,7 @@ class GPT(nn.Module):
             share = (share.sigmoid() * 2 * gate(x0, self.skip_gate)).to(x0.dtype)[..., None]
         return share * outputs[self.skips[layer]]
 
-    def loss(self, batch: Batch, phase: Phase) -> tuple[Tensor, Tensor]:
+    def loss(self, batch, phase):
         """Sums, not means, of cross-entropies in nats, () and at least float32: of the next tokens
         of every token, weighted, for training; of the next token alone, to report."""
         hidden = self(batch.inputs, batch.starts, phase).flatten(0, 1)
@@ -985,13 +968,13 @@ class GPT(nn.Module):
         weights = [torch.tensor(w, dtype=wide(self.dtype)) for w in phase.token_weights]
         return ChunkedLoss.apply(hidden, self.head, targets, weights, self, torch.is_grad_enabled())
 
-    def logits(self, hidden: Tensor) -> Tensor:
+    def logits(self, hidden):
         """(..., D) -> (..., vocabulary), capped, at least float32."""
         head = self.head[:self.vocabulary].to(hidden.dtype)
         return softcap(F.linear(hidden, head).to(wide(hidden.dtype)), self.config.softcap)[0]
 
 
-def attention_masks(model: GPT, starts: Tensor, windows: tuple[int, int]) -> dict:
+def attention_masks(model, starts, windows):
     """(R, T) bool and the (long, short) windows -> a mask by (short, paired). In paired layers a
     token has two positions, and the window counts positions."""
     masks, doubled = {}, torch.stack((starts, torch.zeros_like(starts)), dim=-1).flatten(1)
@@ -1011,20 +994,20 @@ def attention_masks(model: GPT, starts: Tensor, windows: tuple[int, int]) -> dic
 HIDDEN_UNIT, HEAD_UNIT, GRADIENT_UNIT = 100 / 448, 1.6 / 448, 0.75 / 448
 
 
-def to_float8(x: Tensor, unit: float, dtype: torch.dtype) -> Tensor:
+def to_float8(x, unit, dtype):
     """x / unit, clipped: beyond its range a cast would give infinity or NaN."""
     most = torch.finfo(dtype).max
     return (x / unit).clamp(-most, most).to(dtype)
 
 
-def float8_product(a: Tensor, b: Tensor, unit: float, dtype: torch.dtype, fast: bool = False) -> Tensor:
+def float8_product(a, b, unit, dtype, fast=False):
     """(m, k) x (n, k)^T of contiguous float8 -> (m, n), times `unit`."""
     one = torch.ones((), device=a.device)
     return torch._scaled_mm(a, b.mT, scale_a=one * unit, scale_b=one, out_dtype=dtype,
                             use_fast_accum=fast)
 
 
-def softcap(z: Tensor, cap: Floats) -> tuple[Tensor, Tensor | float]:
+def softcap(z, cap):
     """Logits h tanh((z + s) / r) and their derivative by z; h = 0: z itself. The cap keeps the model
     from being too sure (Gemma 2, #18), the shift leaves room for unlikely tokens (#54)."""
     height, extent, shift = cap
@@ -1034,8 +1017,7 @@ def softcap(z: Tensor, cap: Floats) -> tuple[Tensor, Tensor | float]:
     return height * squashed, height / extent * (1 - squashed.square())
 
 
-def chunk_loss(hidden: Tensor, head: Tensor, head_transposed: Tensor | None, targets: Tensor,
-               weights: list[Tensor], cap: Floats, with_gradient: bool):
+def chunk_loss(hidden, head, head_transposed, targets, weights, cap, with_gradient):
     """(n, D), (V, D), (n, k) -> (weighted loss, loss of the next token); with_gradient also the
     gradients of the former, (n, D) and (V, D). A float8 head comes with its transpose (D, V): all
     three products are in float8 then."""
@@ -1069,8 +1051,7 @@ class ChunkedLoss(torch.autograd.Function):
     """Sums of cross-entropies over chunks of config.loss_chunk tokens. A target of -1 is none."""
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, head: Tensor, targets: Tensor, weights: list[Tensor],
-                model: GPT, with_gradient: bool) -> tuple[Tensor, Tensor]:
+    def forward(ctx, hidden, head, targets, weights, model, with_gradient):
         config, narrow, transposed = model.config, head.to(hidden.dtype), None
         if model.float8 and with_gradient:
             narrow = to_float8(head, HEAD_UNIT, torch.float8_e4m3fn)
@@ -1092,7 +1073,7 @@ class ChunkedLoss(torch.autograd.Function):
         return total, next_token
 
     @staticmethod
-    def backward(ctx, gradient: Tensor, _):
+    def backward(ctx, gradient, _):
         by_hidden, by_head = ctx.saved_tensors
         return by_hidden * gradient, by_head * gradient, None, None, None, None
 
@@ -1116,8 +1097,7 @@ class Group:
     of the group is there.
     """
 
-    def __init__(self, name: str, parameters: list[nn.Parameter], axes: int, config: Config,
-                 processes: "Processes"):
+    def __init__(self, name, parameters, axes, config, processes):
         """axes: trailing ones of an item, which slices keep whole: 2 matrix, 1 row, 0 scalar."""
         self.name, self.parameters, self.config, self.world = name, parameters, config, processes.world
         item = parameters[0].shape[parameters[0].dim() - axes:]
@@ -1142,7 +1122,7 @@ class Group:
         self.state, self.pending, self.work = [], set(), None  # state: buffers of this slice
         self.exchanges = self.world > 1  # not in the warm-up
 
-    def per_item(self, values: list) -> Tensor:
+    def per_item(self, values):
         """A value or tuple for each parameter -> one for each item of this slice; 0 for padding."""
         values = torch.tensor(values, dtype=self.wide)
         items = values.new_zeros(len(self.weights), *values.shape[1:])
@@ -1150,38 +1130,38 @@ class Group:
             items[part] = value
         return items[self.mine].to(self.shard.device)
 
-    def expect_gradients(self) -> None:
+    def expect_gradients(self):
         """The next backward pass is the last of the step: reduce when all its gradients are there."""
         self.pending = set(self.parameters)
 
-    def gradient_arrived(self, p: nn.Parameter) -> None:
+    def gradient_arrived(self, p):
         if p in self.pending:
             self.pending.remove(p)
             if not self.pending:
                 self.reduce()
 
-    def reduce(self) -> None:
+    def reduce(self):
         """Start to sum the gradients over processes, if that has not begun."""
         if self.exchanges and self.work is None:
             self.work = reduce_scatter(self.shard_gradient, self.gradients, async_op=True)
 
-    def gather(self) -> None:
+    def gather(self):
         """Start to send the updated slice to all. The gradients are used up, and zero again."""
         self.gradients.zero_()
         if self.exchanges:
             self.work = all_gather(self.weights, self.shard, async_op=True)
 
-    def wait(self) -> None:
+    def wait(self):
         """For what was started last. On a GPU, what is launched from here on runs after it."""
         if self.work is not None:
             self.work.wait()
         self.work = None
 
-    def scalar(self, value: float) -> Tensor:
+    def scalar(self, value):
         """A number that changes with the step, as a tensor: compiled code sees no new constant."""
         return torch.tensor(value, dtype=self.wide)
 
-    def whole(self, buffer: Tensor) -> Tensor:
+    def whole(self, buffer):
         """A buffer of the state from all processes, for a checkpoint of any number of them."""
         if self.world > 1:
             full = buffer.new_empty(len(self.weights), *buffer.shape[1:])
@@ -1189,8 +1169,10 @@ class Group:
             buffer = full
         return buffer[:self.length]
 
-    def load(self, buffer: Tensor, whole: Tensor) -> None:
+    def load(self, buffer, whole):
         """This process's slice of such a buffer."""
+        if whole.shape != (self.length, *buffer.shape[1:]):
+            raise ValueError(f"{self.name} has state of shape {tuple(whole.shape)}")
         padded = whole.new_zeros(len(self.weights), *buffer.shape[1:])
         padded[:self.length] = whole
         buffer.copy_(padded[self.mine])
@@ -1210,7 +1192,7 @@ ORTHOGONALISERS = {
 }
 
 
-def orthogonalise(update: Tensor, kind: str, dtype: torch.dtype) -> Tensor:
+def orthogonalise(update, kind, dtype):
     """(..., rows, columns) -> the same shape in `dtype`: about U V^T of each matrix U S V^T (Muon).
     The size of the input does not matter, however small: its largest entry divides it first. A zero
     matrix stays zero."""
@@ -1226,7 +1208,7 @@ def orthogonalise(update: Tensor, kind: str, dtype: torch.dtype) -> Tensor:
     return (x.mT if tall else x).reshape(update.shape)
 
 
-def equalise_rows(update: Tensor, mean_square: Tensor, beta2: float) -> Tensor:
+def equalise_rows(update, mean_square, beta2):
     """NorMuon (#41): divide each row by its running root mean square, keep each matrix's norm.
     Matrices (n, rows, columns), mean squares (n, rows, 1)."""
     square = update.square().mean(-1, keepdim=True)
@@ -1236,20 +1218,19 @@ def equalise_rows(update: Tensor, mean_square: Tensor, beta2: float) -> Tensor:
     return update * (factor * before / after.clamp_min(1e-10))
 
 
-def join_bits(high: Tensor, low: Tensor) -> Tensor:
+def join_bits(high, low):
     """bfloat16 and the 16 bits that it lacks, as int16 -> float32 (#57)."""
     return ((high.view(torch.int16).int() << 16) | (low.int() & 0xFFFF)).view(torch.float32)
 
 
-def split_bits(x: Tensor) -> tuple[Tensor, Tensor]:
+def split_bits(x):
     """float32 -> bfloat16, cut towards zero, and the 16 bits cut off: the inverse of join_bits."""
     bits = x.view(torch.int32)
     return (bits >> 16).to(torch.int16).view(torch.bfloat16), ((bits << 16) >> 16).to(torch.int16)
 
 
-def muon_update(weight: Tensor, gradient: Tensor, average: Tensor, mean_square: Tensor,
-                low_bits: Tensor | None, scale: Tensor, rate: Tensor, momentum: Tensor, decay: float,
-                beta2: float, kind: str, dtype: torch.dtype) -> None:
+def muon_update(weight, gradient, average, mean_square, low_bits, scale, rate, momentum, decay,
+                beta2, kind, dtype):
     """Muon in place, all (matrices, rows, columns): Nesterov momentum in average form (#15),
     orthogonalised, rows equalised. Weights decay, by the rate squared, only where the update shrinks
     them (cautious, #43)."""
@@ -1269,8 +1250,7 @@ def muon_update(weight: Tensor, gradient: Tensor, average: Tensor, mean_square: 
         low_bits.copy_(low)
 
 
-def adam_update(weight: Tensor, gradient: Tensor, mean: Tensor, mean_square: Tensor, settings: Tensor,
-                factor: Tensor, count: Tensor, epsilon: float) -> None:
+def adam_update(weight, gradient, mean, mean_square, settings, factor, count, epsilon):
     """Adam in place, in at least float32; epsilon is outside the corrected root. settings: (items, 4)
     rate, beta1, beta2, decay of each. Decay is cautious as Muon's (#50)."""
     rate, beta1, beta2, decay = settings.view(-1, 4, *[1] * (weight.dim() - 1)).unbind(1)
@@ -1286,12 +1266,10 @@ class Muon(Group):
     """Matrices of one shape, orthogonalised as one batch. State: average of gradients, mean squares
     of rows, and the low bits of bfloat16 weights."""
 
-    def __init__(self, name: str, parameters: list[nn.Parameter], scales: Floats, model: GPT,
-                 processes: "Processes"):
+    def __init__(self, name, parameters, scales, model, processes):
         """scales: of the matrices of a parameter, in order, the factor on their update."""
         super().__init__(name, parameters, 2, model.config, processes)
-        self.rate, self.dtype = model.config.muon_lr, model.dtype
-        self.kernel = compiled_if(model.compiled, muon_update)
+        self.dtype, self.kernel = model.dtype, compiled_if(model.compiled, muon_update)
         average = torch.zeros_like(self.shard, dtype=self.wide)
         self.state = [average, torch.zeros_like(average[..., :1])]
         if self.weights.dtype == torch.bfloat16:
@@ -1300,12 +1278,12 @@ class Muon(Group):
         scale[:self.length] = torch.tensor(scales).repeat(len(parameters))
         self.scale = scale[self.mine, None, None]
 
-    def is_due(self, step: int) -> bool:
+    def is_due(self, step):
         return True
 
-    def update(self, step: int) -> None:
+    def update(self, step):
         config, (average, mean_square, low_bits) = self.config, (*self.state, None)[:3]
-        rate = self.scalar(self.rate * learning_rate_factor(step, config))
+        rate = self.scalar(config.muon_lr * learning_rate_factor(step, config))
         momentum = self.scalar(momentum_at(step, config))
         self.kernel(self.shard, self.shard_gradient, average, mean_square, low_bits, self.scale, rate,
                     momentum, config.muon_decay, config.normuon_beta2, config.orthogonaliser, self.dtype)
@@ -1314,27 +1292,26 @@ class Muon(Group):
 class Adam(Group):
     """Tables, by row, or gates and scalars. State: mean and mean square of the gradients."""
 
-    def __init__(self, name: str, parameters: list[nn.Parameter], axes: int, settings: list[Floats],
-                 model: GPT, processes: "Processes"):
+    def __init__(self, name, parameters, axes, settings, model, processes):
         """settings: rate, beta1, beta2, decay of each parameter."""
         super().__init__(name, parameters, axes, model.config, processes)
-        self.rate, self.settings = max(rate for rate, *_ in settings), self.per_item(settings)
+        self.settings = self.per_item(settings)
         self.after = last_tied_step(model.config) if name == "embedding" else -1
         self.kernel = compiled_if(model.compiled, adam_update)
         self.state = [torch.zeros_like(self.shard, dtype=self.wide) for _ in range(2)]
 
-    def is_due(self, step: int) -> bool:
+    def is_due(self, step):
         """In every second step, with the gradients of both (#39)."""
         return step > self.after and (step + 1) % self.config.adam_every == 0
 
-    def update(self, step: int) -> None:
+    def update(self, step):
         factor = self.scalar(learning_rate_factor(step, self.config))
         count = self.scalar((step + 1.0) // self.config.adam_every)
         self.kernel(self.shard, self.shard_gradient, *self.state, self.settings, factor, count,
                     self.config.adam_epsilon)
 
 
-def optimizer_groups(model: GPT, processes: "Processes") -> dict[str, Group]:
+def optimizer_groups(model, processes):
     """Every parameter in exactly one group, in the order in which backward completes the groups."""
     config, members = model.config, {}  # by the last word of their names, as mlp or x0
     for name, p in model.named_parameters():
@@ -1363,14 +1340,14 @@ def optimizer_groups(model: GPT, processes: "Processes") -> dict[str, Group]:
     return {group.name: group for group in groups}
 
 
-def untie(groups: dict[str, Group]) -> None:
+def untie(groups):
     """From here on embedding and head are two tables (#53), equal so far, as are their moments."""
     head, embedding = groups["head"], groups["embedding"]
     for copy, original in zip((embedding.weights, *embedding.state), (head.weights, *head.state), strict=True):
         copy.copy_(original)
 
 
-def apply_updates(groups: list[Group], step: int) -> None:
+def apply_updates(groups, step):
     """One update of these groups. The exchange of one runs beside the arithmetic of another."""
     for group in groups:
         group.reduce()
@@ -1386,12 +1363,12 @@ def apply_updates(groups: list[Group], step: int) -> None:
 # One step, one validation. In: batches on the device. Out: updated parameters; losses in nats.
 
 
-def rows_at_once(config: Config, row_tokens: int, device: torch.device) -> int:
+def rows_at_once(config, row_tokens, device):
     most = config.micro_tokens or (65_536 if device.type == "cuda" else 1024)
     return max(1, most // row_tokens)
 
 
-def micro_batches(batch: Batch, config: Config) -> list[Batch]:
+def micro_batches(batch, config):
     """The rows of a process in equal parts, as large as memory may hold."""
     rows, row_tokens = batch.inputs.shape
     most = rows_at_once(config, row_tokens, batch.inputs.device)
@@ -1399,7 +1376,7 @@ def micro_batches(batch: Batch, config: Config) -> list[Batch]:
     return [Batch(*parts) for parts in zip(*(part.split(size) for part in batch[:3]), strict=True)]
 
 
-def train_step(model: GPT, groups: dict[str, Group], batch: Batch, step: int) -> Tensor:
+def train_step(model, groups, batch, step):
     """Forward, backward, and the updates that are due. Returns this process's part of the loss of the
     next token, () on the device: the parts of all processes add up to the mean over all tokens.
 
@@ -1424,7 +1401,7 @@ def train_step(model: GPT, groups: dict[str, Group], batch: Batch, step: int) ->
 
 
 @torch.no_grad()
-def validate(model: GPT, stream: TokenStream, tokens: int, step: int, processes: "Processes") -> float:
+def validate(model, stream, tokens, step, processes):
     """Mean cross-entropy of the next token over the first `tokens` targets of the stream. Rows go
     round the processes; the sum is divided once, so that the number of processes does not matter."""
     config, row, device = model.config, model.config.val_row_tokens, processes.device
@@ -1441,7 +1418,7 @@ def validate(model: GPT, stream: TokenStream, tokens: int, step: int, processes:
     return total.item() / tokens
 
 
-def warm_up(model: GPT, groups: dict[str, Group], data: "Data", processes: "Processes") -> float:
+def warm_up(model, groups, data, processes):
     """Compile everything on throw-away steps of every stage, put every number back, return the
     seconds it took. The first process of a machine goes first, the others find its kernels on disk.
     From here on a recompilation is an error, so that none can hide inside the timed region."""
@@ -1450,8 +1427,8 @@ def warm_up(model: GPT, groups: dict[str, Group], data: "Data", processes: "Proc
     limits = torch._dynamo.config  # kinds of layers, times stages, with and without gradients
     limits.recompile_limit = limits.accumulated_recompile_limit = 4096
     torch.compiler.set_stance("default")
-    changed = [tensor for g in groups.values() for tensor in (g.weights, g.gradients, *g.state)]
-    kept = [tensor.to("cpu", copy=True) for tensor in changed]  # off the GPU: its peak is logged
+    kept = [(tensor, tensor.to("cpu", copy=True))  # off the GPU, whose peak is logged
+            for group in groups.values() for tensor in (group.weights, group.gradients, *group.state)]
     for group in groups.values():
         group.exchanges = False
     if not goes_first:
@@ -1466,7 +1443,7 @@ def warm_up(model: GPT, groups: dict[str, Group], data: "Data", processes: "Proc
         processes.barrier()
     for group in groups.values():
         group.exchanges = processes.world > 1
-    for tensor, original in zip(changed, kept, strict=True):
+    for tensor, original in kept:
         tensor.copy_(original)
     processes.barrier()
     torch.compiler.set_stance("fail_on_recompile")
@@ -1496,7 +1473,7 @@ class Progress(NamedTuple):
     cursor: tuple = Cursor()
 
 
-def open_data(config: Config) -> Data:
+def open_data(config):
     """Both streams. Raises UserError before anything is computed or written."""
     train, val = TokenStream(config.train_files), TokenStream(config.val_files)
     kinds = [(stream.vocabulary, stream.separator) for stream in (train, val)]
@@ -1506,23 +1483,20 @@ def open_data(config: Config) -> Data:
         if stream.tokens < least:
             raise UserError(f"{stream.pattern} has {stream.tokens} tokens, expected {least} or more; make "
                             f"more: {shard_command(stream.pattern)}")
-    inputs, needed = tokens_until(config.steps, config), tokens_needed(train, config)
-    if needed > 4 * inputs + train.tokens:
-        raise UserError(f"--long-documents drop keeps one token in {needed / inputs:.0f} of {train.pattern}, "
-                        "whose documents are long; give --long-documents continue")
+    needed = tokens_needed(train, config)
     if needed > train.tokens and not config.repeat:
         raise UserError(f"the run reads {needed:,} tokens, {train.pattern} has {train.tokens:,}; make more "
-                        f"({shard_command(train.pattern)}), or give --repeat true or fewer --steps")
+                        f"({shard_command(train.pattern)}), or give --repeat true, fewer --steps, or "
+                        "--long-documents continue")
     return Data(train, val, min(config.val_tokens, val.tokens - 1),
                 {"train": train.fingerprints(), "val": val.fingerprints()})
 
 
-def is_due(step: int, period: int) -> bool:
+def is_due(step, period):
     return period > 0 and step % period == 0
 
 
-def training_loop(model: GPT, groups: dict[str, Group], data: Data, processes: "Processes",
-                  log: "RunLog", progress: Progress) -> Progress:
+def training_loop(model, groups, data, processes, log, progress):
     """All steps that are left, with their validations and checkpoints. Raises UserError for numbers
     that are not finite, and SystemExit, 128 + its number, after a signal."""
     config, first, cursor = model.config, progress.step, Cursor(*progress.cursor)
@@ -1561,7 +1535,7 @@ def training_loop(model: GPT, groups: dict[str, Group], data: Data, processes: "
     return progress
 
 
-def train(config: Config, processes: "Processes") -> Path | None:
+def train(config, processes):
     """The whole run. Returns its folder, None on processes other than 0. Raises UserError; leaves a
     model, or after a signal a checkpoint and raises SystemExit."""
     config, float8, compiled = for_device(config, processes)
@@ -1580,7 +1554,7 @@ def train(config: Config, processes: "Processes") -> Path | None:
         groups, progress = optimizer_groups(model, processes), Progress()
         for group in groups.values():
             log.line(f"{group.name:14} {sum(p.numel() for p in group.parameters):13,} parameters, "
-                     f"{type(group).__name__} at {group.rate:g}, {group.weights.dtype}")
+                     f"{type(group).__name__}, {group.weights.dtype}")
         log.line(f"{'all':14} {sum(p.numel() for p in model.parameters()):13,} parameters")
         log.line(f"{config.preset}: {config.steps} steps of {spelled(config.tokens_per_step)} tokens in "
                  f"rows of {spelled(config.row_tokens)}; {processes.world} process(es) on {device.type}, "
@@ -1617,7 +1591,7 @@ def train(config: Config, processes: "Processes") -> Path | None:
 class UserError(SystemExit):
     """Bad input, in one line: what was found, what was expected, what mends it. Exit status 1."""
 
-    def __init__(self, line: str):
+    def __init__(self, line):
         super().__init__(" ".join(line.splitlines()))
 
 
@@ -1635,18 +1609,18 @@ ELSEWHERE = {  # what other trainers call a setting
 HELP = " (python train_gpt2.py --help lists all settings)"
 
 
-def flag(name: str) -> str:
+def flag(name):
     return "--" + name.replace("_", "-")
 
 
-def spelled(value) -> str:
+def spelled(value):
     """A setting as it is typed, exactly."""
     if type(value) is tuple:
         return ",".join(map(spelled, value)) or "none"
     return str(value).lower() if type(value) is bool else str(value)
 
 
-def typed(option: dataclasses.Field, text: str):
+def typed(option, text):
     """A text as the value of a setting, of its type and within its bounds. Raises ArgumentTypeError."""
     kind, many, counts, low, high, choices = (
         option.metadata[name] for name in ("kind", "many", "counts", "low", "high", "choices"))
@@ -1658,22 +1632,24 @@ def typed(option: dataclasses.Field, text: str):
             raise ValueError
     except ValueError:
         what = f"{'whole ' * (kind is int)}number" if number else " or ".join(choices)
-        what = f"{counts[0]} to {counts[-1]} {what}s joined by commas, each" if many else f"one {what}"
-        bounds = f" from {low:g} to {high:g}" * number
+        if many:
+            count = f"{counts[0]} to {counts[-1]}" if counts[0] < counts[-1] else counts[0]
+            what = f"{count} {what}s joined by commas, each"
+        bounds = (f" from {low:g}" + f" to {high:g}" * (high < 1e18)) * number
         raise argparse.ArgumentTypeError(f"is {text:.80}, expected {what}{bounds}") from None
     return tuple(values) if many else values[0]
 
 
-def texts(config: Config) -> dict[str, str]:
+def texts(config):
     return {option.name: spelled(getattr(config, option.name)) for option in fields(Config)}
 
 
 class Parser(argparse.ArgumentParser):
-    def error(self, message: str):
+    def error(self, message):
         raise UserError(message.removeprefix("argument ").replace(": is ", " is ") + HELP)
 
 
-def make_parser() -> Parser:
+def make_parser():
     techniques = [f"  {name:18} {t.reason} ({t.records})" for name, t in TECHNIQUES.items()]
     parser = Parser(usage="python train_gpt2.py [--preset NAME] [--SETTING VALUE] ...",
                     description=__doc__.split("\n\nPart I")[0], allow_abbrev=False,
@@ -1689,7 +1665,7 @@ def make_parser() -> Parser:
     return parser
 
 
-def parse_command_line(arguments: list[str]) -> Config:
+def parse_command_line(arguments):
     """`--any-setting VALUE` on top of a preset, or of a checkpoint's settings. Raises UserError."""
     words = [re.sub(r"^--[\w-]+", lambda found: flag(found[0][2:]), word) for word in arguments]
     given, unknown = make_parser().parse_known_args(words)
@@ -1701,14 +1677,16 @@ def parse_command_line(arguments: list[str]) -> Config:
     preset, without = given.get("preset", "gpt2"), given.pop("without")
     if preset not in PRESETS:
         raise UserError(f"--preset {preset} is none of {', '.join(PRESETS)}")
-    had = [name for name in TECHNIQUES if name not in PRESETS[preset].without]
+    values = asdict(Config(**preset_values(preset)))
+    had = [name for name, technique in TECHNIQUES.items()
+           if not technique.neutral.items() <= values.items()]
     without = without.split(",") if without else []
     for name in without:
         if name not in had:
             raise UserError(f"--without {name}: {preset} has {', '.join(had)}")
     values = preset_values(preset, without)
     if given.get("resume", "none") not in ("none", "auto"):
-        saved = read_newest([Path(given["resume"])])
+        saved = read_newest([Path(given["resume"])], verify=False)
         values = asdict(config_of(saved)) | {"out": str(Path(saved["path"]).parent.parent)}
     elif "train_files" in given and "val_files" not in given:
         folder, name = os.path.split(given["train_files"])
@@ -1716,7 +1694,7 @@ def parse_command_line(arguments: list[str]) -> Config:
     return check_config(Config(**values | given))
 
 
-def check_config(config: Config) -> Config:
+def check_config(config):
     """Returns it. Raises UserError for settings that cannot work together."""
     stages, skip = range(STAGES + 1), config.gated_skip
     rows = [value_at(config.row_tokens, stage) for stage in stages]
@@ -1761,24 +1739,24 @@ class Processes(NamedTuple):
     device: torch.device  # of this process
     host: dist.ProcessGroup | None = None  # gloo, for plain values and long waits
 
-    def synchronize(self) -> None:
+    def synchronize(self):
         """Wait for the device, so that the host's clock means something."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
-    def barrier(self) -> None:
+    def barrier(self):
         """Wait for every process, for an hour at most: one may be compiling or writing."""
         if self.world > 1:
             dist.monitored_barrier(self.host, timedelta(hours=1))
 
-    def all_gather(self, value) -> list:
+    def all_gather(self, value):
         """The plain value of each process."""
         values = [value] * self.world
         if self.world > 1:
             dist.all_gather_object(values, value, group=self.host)
         return values
 
-    def check_agreement(self, facts: dict) -> None:
+    def check_agreement(self, facts):
         """Raises UserError, on every process, where one has other facts than process 0."""
         for rank, other in enumerate(self.all_gather(facts)):
             for name, fact in facts.items():
@@ -1788,7 +1766,7 @@ class Processes(NamedTuple):
                                     "software and options")
 
 
-def start_processes(config: Config) -> Processes:
+def start_processes(config):
     """Join the others where torchrun started several processes. Raises UserError."""
     device, host, environ = torch.device("cpu"), None, os.environ
     try:
@@ -1814,7 +1792,7 @@ def start_processes(config: Config) -> Processes:
     return Processes(rank, world, device, host)
 
 
-def for_device(config: Config, processes: Processes) -> tuple[Config, bool, bool]:
+def for_device(config, processes):
     """The config with its dtype, whether the head's products are in float8 in training, whether the
     model is compiled. Raises UserError for what this device or so many processes cannot do."""
     device, chunk = processes.device, config.loss_chunk
@@ -1849,7 +1827,7 @@ class RunLog(contextlib.AbstractContextManager):
     """What a run leaves behind. On processes other than 0 it does nothing. Used as a context: what
     ends the run is the last line of its log."""
 
-    def __init__(self, config: Config, processes: Processes, saved: dict | None):
+    def __init__(self, config, processes, saved):
         """saved: the checkpoint that the run goes on from. Raises UserError."""
         self.config, self.folder, self.checkpoint = config, None, saved and Path(saved["path"])
         if processes.rank > 0:
@@ -1857,50 +1835,44 @@ class RunLog(contextlib.AbstractContextManager):
         folder = Path(config.out) / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
         if saved and self.checkpoint.parent.parent.resolve() == Path(config.out).resolve():
             folder = self.checkpoint.parent
+        folder.mkdir(parents=True, exist_ok=bool(saved))
+        self.text, self.metrics = (open(folder / name, "a", 1, "utf-8", "backslashreplace")
+                                   for name in ("log.txt", "metrics.jsonl"))
         try:
-            folder.mkdir(parents=True, exist_ok=bool(saved))
-            self.text, self.metrics = (open(folder / name, "a", 1, "utf-8", "backslashreplace")
-                                       for name in ("log.txt", "metrics.jsonl"))
-            with contextlib.suppress(ImportError):  # Windows has no such locks
-                import fcntl
-                fcntl.flock(self.text, fcntl.LOCK_EX | fcntl.LOCK_NB)  # till this process ends
-            if not self.text.tell():
-                self.text.write(Path(__file__).read_text(encoding="utf-8") + "\n" + "=" * 100 + "\n")
-            for unfinished in folder.glob("*.partial"):  # of a run that was killed while writing
-                unfinished.unlink()
-        except OSError as error:
-            reason = "another process writes to it" if isinstance(error, BlockingIOError) else error.strerror
-            raise UserError(f"cannot write to {folder}: {reason}; give another --out, or --resume none") from None
+            import fcntl
+            fcntl.flock(self.text, fcntl.LOCK_EX | fcntl.LOCK_NB)  # till this process ends
+        except ImportError:  # Windows has no such locks
+            pass
+        except BlockingIOError:
+            raise UserError(f"another process writes to {folder}; give another --out, or --resume none") from None
+        if not self.text.tell():
+            self.text.write(Path(__file__).read_text(encoding="utf-8") + "\n" + "=" * 100 + "\n")
+        for unfinished in folder.glob("*.partial"):  # of a run that was killed while writing
+            unfinished.unlink()
         self.folder, done = folder, saved["step"] if saved else 0
         self.bar = tqdm(total=config.steps, initial=done, unit="step", dynamic_ncols=True, disable=None)
 
-    def __exit__(self, _kind, error: BaseException | None, _trace) -> None:
+    def __exit__(self, _kind, error, _trace):
         if self.folder is None:
             return
         if error is not None and not isinstance(getattr(error, "code", None), int):  # signals have a line
-            with contextlib.suppress(UserError):
+            with contextlib.suppress(OSError):
                 self.line(f"ended: {one_line(error) or repr(error)}{self.way_on()}", show=False)
         for part in (self.bar, self.text, self.metrics):
             with contextlib.suppress(OSError):
                 part.close()
 
-    def way_on(self) -> str:
+    def way_on(self):
         """The end of a line that says why a run ended."""
         if self.checkpoint is None:
             return "; there is no checkpoint (--save-every N makes them)"
         return f"; go on with --resume {shlex.quote(str(self.checkpoint))}"
 
-    def write(self, file, text: str) -> None:
-        try:
-            file.write(text + "\n")
-        except OSError as error:
-            raise UserError(f"cannot write {file.name}: {error.strerror}{self.way_on()}") from None
-
-    def line(self, text: str, show: bool = True) -> None:
+    def line(self, text, show=True):
         """To log.txt, and to the screen."""
         if self.folder is None:
             return
-        self.write(self.text, text)
+        self.text.write(text + "\n")
         if show:
             try:
                 tqdm.write(text)
@@ -1908,13 +1880,13 @@ class RunLog(contextlib.AbstractContextManager):
             except OSError:  # nobody reads any more: the run goes on
                 sys.stdout = open(os.devnull, "w")
 
-    def record(self, step: int, seconds: float, **losses: float) -> None:
+    def record(self, step, seconds, **losses):
         """An object in metrics.jsonl, and a line as speedrun logs have it, after `step` updates."""
         if self.folder is None:
             return
         tokens, (kind, loss) = tokens_until(step, self.config), next(iter(losses.items()))
-        self.write(self.metrics, json.dumps({"step": step, "tokens": tokens, **losses,
-                                             "train_time_s": round(seconds, 6)}))
+        record = {"step": step, "tokens": tokens, **losses, "train_time_s": round(seconds, 6)}
+        self.metrics.write(json.dumps(record) + "\n")
         if kind == "val_loss" or step % 10 == 0 or step < 10:
             self.line(f"step:{step}/{self.config.steps} {kind}:{loss:.4f} train_time:{1000 * seconds:.0f}ms "
                       f"step_avg:{1000 * seconds / max(1, step):.2f}ms", kind == "val_loss" or self.bar.disable)
@@ -1922,7 +1894,7 @@ class RunLog(contextlib.AbstractContextManager):
         self.bar.update(step - self.bar.n)
 
 
-def environment(processes: Processes) -> str:
+def environment(processes):
     """Versions and hardware, for the log."""
     text = (f"python {platform.python_version()}, torch {torch.__version__}, CUDA {torch.version.cuda}, "
             f"{platform.platform()}, {processes.world} process(es), {os.cpu_count()} cores, "
@@ -1932,23 +1904,23 @@ def environment(processes: Processes) -> str:
     return text
 
 
-def peak_memory(processes: Processes) -> float:
+def peak_memory(processes):
     """Most memory of this process so far, in MiB: allocated on the GPU, or resident on the CPU."""
     if processes.device.type == "cuda":
-        return torch.cuda.max_memory_allocated(processes.device) / 2**20
+        return round(torch.cuda.max_memory_allocated(processes.device) / 2**20, 1)
     if sys.platform == "win32":
         return 0.0
     import resource
     unit = 2**20 if sys.platform == "darwin" else 2**10
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 1)
 
 
 # --------------------------------------------------------------------------------------------------
 # Checkpoints: written atomically, and read with suspicion.
 
 
-def save(path: Path, saved: dict) -> None:
-    """The file bears its name once it is whole and on the disk. Raises UserError."""
+def save(path, saved):
+    """The file bears its name once it is whole and on the disk."""
     unfinished = path.with_suffix(f".{os.getpid()}.partial")
     try:
         with open(unfinished, "wb") as file:
@@ -1956,21 +1928,18 @@ def save(path: Path, saved: dict) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(unfinished, path)
-    except (OSError, RuntimeError) as error:  # the latter comes of a full disk
+    finally:
         unfinished.unlink(missing_ok=True)
-        reason = error.__context__ if isinstance(error.__context__, OSError) else error
-        raise UserError(f"cannot write {path}: {reason!s:.200}; make room, or give another --out") from None
 
 
-def contents(model: GPT, data: Data, progress: Progress) -> dict:
+def contents(model, data, progress):
     """Weights and plain values, for torch.load(weights_only=True)."""
     weights = {name: tensor.to("cpu", copy=True) for name, tensor in model.state_dict().items()}
     return {"config": texts(model.config), "vocabulary": data.train.vocabulary, "weights": weights,
             "separator": data.train.separator, "shards": data.fingerprints, **progress._asdict()}
 
 
-def save_checkpoint(log: RunLog, model: GPT, groups: dict[str, Group], data: Data,
-                    processes: Processes, progress: Progress) -> None:
+def save_checkpoint(log, model, groups, data, processes, progress):
     """All that the run needs to go on with any number of processes. The newest are kept."""
     state = {}
     for group in groups.values():
@@ -1986,7 +1955,7 @@ def save_checkpoint(log: RunLog, model: GPT, groups: dict[str, Group], data: Dat
     processes.barrier()
 
 
-def checkpoints(folder: Path) -> list[Path]:
+def checkpoints(folder):
     """Those of a run, oldest first."""
     return sorted(folder.glob("checkpoint_*.pt"))
 
@@ -1995,7 +1964,7 @@ SAVED = {"config": dict, "weights": dict, "shards": dict, "vocabulary": int, "se
          "step": int, "seconds": float, "validated": int, "val_loss": float, "cursor": tuple}
 
 
-def read_checkpoint(path: Path, verify: bool = True) -> dict:
+def read_checkpoint(path, verify=True):
     """A file of `save`, its tensors still on the disk, and its path. verify: compare every checksum
     in it. Raises UserError for any other file."""
     try:
@@ -2009,17 +1978,19 @@ def read_checkpoint(path: Path, verify: bool = True) -> dict:
         for name, kind in SAVED.items():
             if type(saved[name]) is not kind:
                 raise ValueError(f"its {name} is no {kind.__name__}")
-        counts = (saved["step"], saved["separator"], saved["vocabulary"], *saved["cursor"])
-        if not all(type(count) is int and 0 <= count < 2**62 for count in counts) or (
-                counts[1] >= counts[2] or counts[2] > 65_536 or not 0 <= saved["seconds"] < 1e18):
-            raise ValueError("its step, tokens, position or time is impossible")
+        counts = [saved[name] for name in ("separator", "vocabulary", "step")] + [*saved["cursor"]]
+        plain = all(type(count) is int and 0 <= count < 2**62 for count in counts) and len(counts) == 6
+        plain = plain and all(type(text) is str for text in saved["config"].values())
+        plain = plain and all(type(saved["shards"].get(part)) is dict for part in ("train", "val"))
+        if not plain or not counts[0] < counts[1] <= 65_536 or not 0 <= saved["seconds"] < 1e18:
+            raise ValueError("it holds impossible values")
         return saved | {"path": str(path)}
     except Exception as error:  # whatever the file system, the archive or the unpickler object to
         raise UserError(f"cannot use {path} as a checkpoint of this train_gpt2.py: "
                         f"{type(error).__name__}: {error!s:.160}") from None
 
 
-def config_of(saved: dict) -> Config:
+def config_of(saved):
     """The settings of a saved run, checked as those of a command line. Raises UserError."""
     options, given = {option.name: option for option in fields(Config)}, saved["config"]
     for name in options.keys() ^ given.keys():
@@ -2031,7 +2002,7 @@ def config_of(saved: dict) -> Config:
         raise UserError(f"{saved['path']} has impossible settings: {error!s:.160}") from None
 
 
-def difference(saved: dict, config: Config, data: Data | None = None) -> str:
+def difference(saved, config, data=None):
     """What of a recipe, and of its data, a checkpoint had otherwise; empty if nothing."""
     ours = texts(config)
     for option in fields(Recipe):
@@ -2039,13 +2010,14 @@ def difference(saved: dict, config: Config, data: Data | None = None) -> str:
         if theirs != ours[option.name]:
             return f"{flag(option.name)} {theirs!s:.80}, not {ours[option.name]}"
     for part, shards in data.fingerprints.items() if data else ():
-        for name in shards.keys() | saved["shards"].get(part, {}).keys():
-            if shards.get(name) != saved["shards"].get(part, {}).get(name):
+        theirs = saved["shards"][part]
+        for name in shards.keys() | theirs.keys():
+            if shards.get(name) != theirs.get(name):
                 return f"another {part} shard {name!s:.80}, by its header or checksum"
     return ""
 
 
-def read_newest(places: list[Path], config: Config | None = None) -> dict | None:
+def read_newest(places, config=None, verify=True):
     """The first usable checkpoint of files or run folders, there newest first. With a config, the
     first of its recipe, or the model of a finished run. None if there is none. Raises UserError if
     there are only such that cannot be used."""
@@ -2057,7 +2029,10 @@ def read_newest(places: list[Path], config: Config | None = None) -> dict | None
                 saved = read_checkpoint(path, verify=False)
                 if config is None or not difference(saved, config):
                     config_of(saved)
-                    return read_checkpoint(path)
+                    saved = read_checkpoint(path, verify)
+                    for error in errors:
+                        print(f"passed over: {error}")
+                    return saved
             except UserError as error:
                 errors.append(str(error))
     if errors or config is None:
@@ -2066,42 +2041,54 @@ def read_newest(places: list[Path], config: Config | None = None) -> dict | None
     return None
 
 
-def checkpoint_to_resume(config: Config, data: Data, processes: Processes) -> dict | None:
+def checkpoint_to_resume(config, data, processes):
     """What --resume names, on every process, if its recipe and shards are this run's. Raises UserError."""
-    saved, place = None, Path(config.resume)
+    saved = None
     if config.resume == "auto" and processes.rank == 0:
         saved = read_newest(sorted(Path(config.out).glob("*/"), reverse=True), config)
         if saved is None:
             print(f"no checkpoint of this recipe in {config.out}: starting from the beginning")
-    elif config.resume not in ("none", "auto"):
-        saved = read_newest([place])
+    elif config.resume != "none" and processes.rank == 0:
+        saved = read_newest([Path(config.resume)])
     path = processes.all_gather(saved and saved["path"])[0]
-    saved = read_checkpoint(Path(path), verify=False) if path else None
-    if saved and (found := difference(saved, config, data)):
+    if path is None:
+        return None
+    saved = read_checkpoint(Path(path), verify=False)
+    if found := difference(saved, config, data):
         raise UserError(f"{path} was trained with {found}; a checkpoint goes on with its own recipe and "
                         "shards: give those, or --resume none")
+    check_shapes(saved, config)
     return saved
 
 
-def restore(saved: dict, model: GPT, groups: dict[str, Group]) -> Progress:
-    """Weights and optimizer state, whichever number of processes wrote them. Raises UserError."""
+def check_shapes(saved, config):
+    """Raises UserError where weights are not those of the settings, before memory is taken."""
     try:
-        with torch.device("meta"):  # shapes are compared before anything is changed
-            GPT(model.config, model.vocabulary).load_state_dict(saved["weights"], assign=True)
-        model.load_state_dict(saved["weights"])
+        with torch.device("meta"):
+            GPT(config, saved["vocabulary"]).load_state_dict(saved["weights"], assign=True)
+    except Exception as error:  # whatever tensors of another kind or shape lead to
+        raise UserError(f"cannot use {saved['path']}: its weights do not fit its settings: "
+                        f"{error!s:.160}") from None
+
+
+def restore(saved, model, groups):
+    """Weights and optimizer state, whichever number of processes wrote them. Raises UserError."""
+    model.load_state_dict(saved["weights"])
+    try:
         for group in groups.values():
             for number, buffer in enumerate(group.state):
                 group.load(buffer, saved["state"][f"{group.name}.{number}"])
-    except Exception as error:  # whatever tensors of another kind or shape lead to
-        raise UserError(f"cannot use {saved['path']}: its tensors do not fit its settings: "
-                        f"{error!s:.160}") from None
+    except (KeyError, ValueError, AttributeError) as error:
+        raise UserError(f"cannot use {saved['path']}: its optimizer state does not fit: {error}") from None
     return Progress(*(saved[name] for name in Progress._fields))
 
 
-def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[GPT, dict]:
+def load_model(path, device="cpu"):
     """A model for evaluation, and the values saved with it. Raises UserError for any other file."""
     saved = read_checkpoint(Path(path))
-    model = GPT(config_of(saved), saved["vocabulary"])
+    config = config_of(saved)
+    check_shapes(saved, config)
+    model = GPT(config, saved["vocabulary"])
     restore(saved, model, {})
     return model.to(device), saved
 
@@ -2113,14 +2100,14 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[GP
 class Clock:
     """Seconds of training. Stopped, once the device has finished, while anything else runs."""
 
-    def __init__(self, processes: Processes, seconds: float):
+    def __init__(self, processes, seconds):
         self.processes, self.seconds, self.began = processes, seconds, time.perf_counter()
 
-    def now(self) -> float:
+    def now(self):
         return self.seconds + time.perf_counter() - self.began
 
     @contextlib.contextmanager
-    def stopped(self) -> Iterator[None]:
+    def stopped(self):
         self.processes.synchronize()
         self.seconds = self.now()
         yield
@@ -2129,12 +2116,12 @@ class Clock:
 
 
 @contextlib.contextmanager
-def caught_signals() -> Iterator[list[int]]:
+def caught_signals():
     """A list that receives the number of the first signal to end, for the loop to act on. One more
     ends the process at once; but within a second it may be the same one, sent on by torchrun."""
     received, began = [], 0.0
 
-    def note(number: int, _frame) -> None:
+    def note(number, _frame):
         nonlocal began
         if not received:
             began = time.monotonic()
@@ -2159,12 +2146,11 @@ class Reports:
     """What processes tell each other after a step: loss, a sum of their weights, a signal. On a GPU
     the report of a step is read when the next step has been launched, so that nothing waits."""
 
-    def __init__(self, groups: dict[str, Group], stream: TokenStream, processes: Processes,
-                 log: RunLog, clock: Clock):
+    def __init__(self, groups, stream, processes, log, clock):
         self.groups, self.stream, self.processes = groups.values(), stream, processes
         self.log, self.clock, self.unread, self.signal = log, clock, deque(), 0
 
-    def send(self, step: int, batch: Batch, loss: Tensor, received: list[int]) -> None:
+    def send(self, step, batch, loss, received):
         weights = torch.stack([group.shard.sum(dtype=loss.dtype) for group in self.groups]).sum()
         report = torch.stack((loss, weights, loss.new_full((), max(received, default=0))))[None]
         reports = report.repeat(self.processes.world, 1)
@@ -2175,7 +2161,7 @@ class Reports:
         self.unread.append((step, batch.positions, reports, event))
         self.read(leave=int(loss.is_cuda))
 
-    def read(self, leave: int = 0) -> None:
+    def read(self, leave=0):
         """The oldest first. Raises UserError for a loss or weight that is not finite."""
         while len(self.unread) > leave:
             step, positions, reports, event = self.unread.popleft()
@@ -2195,7 +2181,7 @@ class Reports:
 # Errors and the entry point.
 
 
-def one_line(error: BaseException) -> str | None:
+def one_line(error):
     """What a run ended of; None for a defect of the code, which keeps its traceback."""
     text = " ".join(str(error).split())
     if isinstance(error, UserError):
@@ -2205,6 +2191,8 @@ def one_line(error: BaseException) -> str | None:
     if isinstance(error, torch.OutOfMemoryError) or "CUDA error: out of memory" in text:
         return ("the GPU has too little memory; the same training needs less with --micro-tokens 16384, "
                 "less again with --recompute true --loss-chunk 2048")
+    if isinstance(error, OSError) or re.search("PytorchStreamWriter|file write", text):
+        return f"cannot read or write: {text:.300}; make room, mend permissions, or give another --out"
     if isinstance(error, MemoryError) or re.search("DefaultCPUAllocator|Storage size calculation", text):
         return f"the machine has too little memory: {text:.160}; take a smaller --width or --layers"
     if isinstance(error, RuntimeError) and re.search("gloo|monitoredBarrier|NCCL|pair closure", text):
@@ -2213,7 +2201,7 @@ def one_line(error: BaseException) -> str | None:
     return None
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments=None):
     """The command line. Every process sees the same bad input: process 0 speaks first."""
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # sizes vary by stage
     for name in ("stdout", "stderr"):
