@@ -1982,7 +1982,8 @@ def read_checkpoint(path, verify=True):
         plain = all(type(count) is int and 0 <= count < 2**62 for count in counts) and len(counts) == 6
         plain = plain and all(type(text) is str for text in saved["config"].values())
         plain = plain and all(type(saved["shards"].get(part)) is dict for part in ("train", "val"))
-        if not plain or not counts[0] < counts[1] <= 65_536 or not 0 <= saved["seconds"] < 1e18:
+        plain = plain and counts[0] < counts[1] <= 65_536 and (counts[4] > 0 or counts[5] == 0)
+        if not plain or not 0 <= saved["seconds"] < 1e18:
             raise ValueError("it holds impossible values")
         return saved | {"path": str(path)}
     except Exception as error:  # whatever the file system, the archive or the unpickler object to
