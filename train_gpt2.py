@@ -34,6 +34,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import zipfile
 import zlib
@@ -1556,6 +1557,7 @@ def train(config, processes):
             log.line(f"{group.name:14} {sum(p.numel() for p in group.parameters):13,} parameters, "
                      f"{type(group).__name__}, {group.weights.dtype}")
         log.line(f"{'all':14} {sum(p.numel() for p in model.parameters()):13,} parameters")
+        check_disk(config, groups, processes)
         log.line(f"{config.preset}: {config.steps} steps of {spelled(config.tokens_per_step)} tokens in "
                  f"rows of {spelled(config.row_tokens)}; {processes.world} process(es) on {device.type}, "
                  f"{config.dtype}" + ", head in float8" * float8)
@@ -1571,7 +1573,7 @@ def train(config, processes):
             log.line(f"compiled in {warm_up(model, groups, data, processes):.0f} s")
         progress = training_loop(model, groups, data, processes, log, progress)
         if log.folder:
-            save(log.folder / "model.pt", contents(model, data, progress))
+            save_somewhere(log, contents(model, data, progress))
         processes.barrier()
         pace = tokens_until(config.steps, config) / progress.seconds
         log.line(f"final val_loss {progress.val_loss:.4f} nats per token, training time "
@@ -1789,6 +1791,7 @@ def start_processes(config):
         raise UserError(f"this process ({found or 'alone'}) cannot start with torch {torch.__version__} and "
                         f"{torch.cuda.device_count()} GPUs: {error!s:.200}; start several by torchrun, one "
                         "for each GPU; without a GPU give --device cpu") from None
+    torch.empty(31 * 2**20, dtype=torch.uint8)  # freed at once: glibc keeps smaller blocks from now on
     return Processes(rank, world, device, host)
 
 
@@ -1930,6 +1933,26 @@ def save(path, saved):
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def check_disk(config, groups, processes):
+    """Raises UserError where --out has no room for the checkpoints and the model."""
+    size = sum(group.weights.nbytes + processes.world * sum(buffer.nbytes for buffer in group.state)
+               for group in groups.values())
+    needed, free = size * (config.keep + 1 if config.save_every else 1), shutil.disk_usage(config.out).free
+    if processes.rank == 0 and free < needed:
+        raise UserError(f"{config.out} has {free / 2**30:.1f} GiB free, checkpoints take up to "
+                        f"{needed / 2**30:.1f}; make room, or give another --out")
+
+
+def save_somewhere(log, saved):
+    """The model of a finished run: where its folder has no room, in another place."""
+    for path in (log.folder / "model.pt", Path(f"{log.folder.name}.pt"), Path(tempfile.gettempdir(), f"{log.folder.name}.pt")):
+        try:
+            return save(path, saved)
+        except (OSError, RuntimeError) as error:
+            log.line(f"cannot write {path}: {error!s:.160}; trying elsewhere")
+    raise UserError(f"the model could not be written anywhere{log.way_on()}")
 
 
 def contents(model, data, progress):

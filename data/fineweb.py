@@ -7,15 +7,14 @@ goes on with the first file it lacks when the same command is given again.
 """
 
 import argparse
+import os
 import shlex
-import sys
 from pathlib import Path
 
+import numpy as np
+from text import HEADER_WORDS, SHARD_MAGIC, SHARD_VERSION, Parser, UserError, say, shown
+
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
-
-from train_gpt2 import Refusal, open_shard
-
 REPOSITORY = "kjj0/fineweb10B-gpt2"
 TRAINING_SHARDS = 103
 FIVE_MINUTE_SHARDS = 10
@@ -23,39 +22,30 @@ DEFAULT_FOLDER = HERE / "fineweb10B"
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Command line. Raises Refusal for a bad count, a damaged file, an unusable folder or an unreachable hub."""
+    """Command line. Raises UserError for a bad count, a damaged file, an unusable folder or an unreachable hub."""
     options = parse(arguments)
     folder, again = options.out, command(options.count, options.out)
     names = shard_names(options.count)
-    # All that is there is judged before anything is fetched: a damaged file is then told at once, not 2 GB later.
-    missing = [name for name in names if not (folder / name).exists()]
+    # All that is there is checked before anything is fetched: a damaged file is then told at once, not 2 GB later.
+    missing = [name for name in names if not os.path.exists(folder / name)]
     tokens = sum(checked(folder / name, again) for name in names if name not in missing)
     if len(missing) < len(names):
-        print(f"{len(names) - len(missing)} of {len(names)} shards are already whole in {shown(folder)}")
+        say(f"{len(names) - len(missing)} of {len(names)} shards are already whole in {shown(folder)}")
     if missing:
         tokens += fetch(missing, folder, again)
-    print(f"{len(names)} shards, {tokens:,} tokens in {shown(folder)}")
+    say(f"{len(names)} shards, {tokens:,} tokens in {shown(folder)}")
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("count", nargs="?", metavar="N", type=shard_count, default=FIVE_MINUTE_SHARDS,
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("count", nargs="?", metavar="N", type=int, default=FIVE_MINUTE_SHARDS,
                         help=f"training shards to fetch, 1 to {TRAINING_SHARDS} (default {FIVE_MINUTE_SHARDS})")
     parser.add_argument("--out", type=Path, default=DEFAULT_FOLDER, metavar="DIR",
                         help="folder of the shards (default fineweb10B beside this script)")
-    return parser.parse_args(arguments)
-
-
-def shard_count(text: str) -> int:
-    """A number of training shards. Raises Refusal outside 1 to TRAINING_SHARDS."""
-    try:
-        count = int(text)
-    except ValueError:
-        count = 0
-    if not 1 <= count <= TRAINING_SHARDS:
-        raise Refusal(f"{text!r} is no number of training shards, expected 1 to {TRAINING_SHARDS}: "
-                      f"{command(FIVE_MINUTE_SHARDS, DEFAULT_FOLDER)}")
-    return count
+    options = parser.parse_args(arguments)
+    if not 1 <= options.count <= TRAINING_SHARDS:
+        parser.error(f"there are {TRAINING_SHARDS} training shards; {options.count} is not from 1 to {TRAINING_SHARDS}")
+    return options
 
 
 def shard_names(count: int) -> list[str]:
@@ -64,16 +54,16 @@ def shard_names(count: int) -> list[str]:
 
 
 def fetch(names: list[str], folder: Path, again: str) -> int:
-    """Download `names` into `folder`; returns their tokens. Raises Refusal, with what came before it kept."""
+    """Download `names` into `folder`; returns their tokens. Raises UserError, with what came before it kept."""
     try:
         from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url
         from huggingface_hub.utils import HfHubHTTPError
     except ImportError:
-        raise Refusal(f"the package huggingface_hub is missing: pip install huggingface_hub && {again}") from None
+        raise UserError(f"the package huggingface_hub is missing: pip install huggingface_hub && {again}") from None
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise Refusal(f"cannot write to {folder}: {error.strerror}; name another folder with --out") from None
+        raise UserError(f"cannot write to {folder}: {error.strerror}; name another folder with --out") from None
     tokens, name = 0, names[0]
     try:
         try:
@@ -86,35 +76,36 @@ def fetch(names: list[str], folder: Path, again: str) -> int:
             # Without a token: the repository is public, and an expired login would be turned away.
             hf_hub_download(REPOSITORY, name, repo_type="dataset", local_dir=folder, token=False)
             tokens += checked(folder / name, again)
-            print(f"[{position}/{len(names)}] {name}", flush=True)
+            say(f"[{position}/{len(names)}] {name}")
     except KeyboardInterrupt:
-        raise Refusal(f"stopped while fetching {name}; what is whole is kept, go on with: {again}") from None
+        raise UserError(f"stopped while fetching {name}; what is whole is kept, go on with: {again}") from None
     except Exception as error:  # noqa: BLE001  each version of the client lets other libraries' errors through
         reason = " ".join(str(error.__cause__ or error).split())
-        raise Refusal(f"cannot fetch {name} from {constants.ENDPOINT}: {reason or type(error).__name__}; "
+        raise UserError(f"cannot fetch {name} from {constants.ENDPOINT}: {reason or type(error).__name__}; "
                       f"what is whole is kept, go on with: {again}") from None
     return tokens
 
 
 def checked(path: Path, again: str) -> int:
-    """Tokens of a whole shard. Raises Refusal with the command that replaces a damaged one."""
+    """Tokens of a whole shard. Raises UserError with the command that replaces a damaged one."""
     try:
-        return open_shard(path).tokens
-    except Refusal as refusal:
-        # The trainer's line ends with its own mending command, which cannot know this run's count and folder.
-        found = str(refusal).rsplit("; ", 1)[0]
-        raise Refusal(f"{found}; fetch it again: rm {shlex.quote(shown(path))} && {again}") from None
+        if not path.is_file():
+            raise ValueError("is not a regular file")
+        header = np.fromfile(path, "<i4", HEADER_WORDS)
+        found = (os.path.getsize(path) - 4 * HEADER_WORDS) / 2
+        if len(header) < HEADER_WORDS or (*header[:2],) != (SHARD_MAGIC, SHARD_VERSION):
+            raise ValueError(f"is no token shard of version {SHARD_VERSION}")
+        if header[2] <= 0 or header[2] != found:
+            raise ValueError(f"promises {header[2]} tokens but holds {found:g}")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} {error}; fetch it again: rm -f {shlex.quote(shown(path))} && {again}") from None
+    return int(header[2])
 
 
 def command(count: int, folder: Path) -> str:
     """The command line, to be given in the current folder, that does what this run was asked to do."""
     words = ["python", shown(Path(__file__).resolve()), str(count)]
-    return shlex.join(words + (["--out", str(folder)] if folder != DEFAULT_FOLDER else []))
-
-
-def shown(path: Path) -> str:
-    """A path as short as it can be typed in the current folder."""
-    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+    return shlex.join(words + ["--out", shown(folder)] * (folder != DEFAULT_FOLDER))
 
 
 if __name__ == "__main__":

@@ -1,14 +1,13 @@
-"""Write a trained model for other programs: model.safetensors, config.json and model.py, which loads them with torch
-as its only package.
+"""Write a model that train_gpt2.py trained for other programs: weights, config.json, and model.py, which
+loads them with torch as its only package.
 
-    python evals/export.py logs/RUN/model.pt                 # to logs/RUN/exported, or to --out FOLDER
-    cd logs/RUN/exported && python -c "import torch; from model import load; print(load().logits(torch.tensor([256])))"
+    python evals/export.py logs/RUN                  # to logs/RUN/exported, or to --out FOLDER
+    cd logs/RUN/exported
+    python -c "import torch; from model import load; print(load().logits(torch.tensor([256])))"
 
-No standard Hugging Face class can hold these models. What the classes lack, of that which a preset may use: attention
-heads in pairs, keys offset by a token, embeddings added to values, values of layer 0 mixed into later ones, gates on
-heads, layers that are an MLP only, embeddings of token pairs, smear, the embedding mixed back into the stream, skips
-between layers, backout, a shifted soft cap, ReLU^2 in an MLP of two matrices without biases, norms without a gain.
-config.json lists those of the model at hand under "no_standard_class"; model.py is short and spells out each.
+No standard Hugging Face class can hold these models: none has paired heads, key offsets, value or bigram
+embeddings, smear, ReLU^2 without biases. config.json lists what the model at hand has; model.py is
+short and spells it out.
 """
 
 import argparse
@@ -17,109 +16,73 @@ import shutil
 import sys
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent)]
+sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent / "data")]
 
 import sample
+from text import Parser
 
-import train_gpt2 as script
-from train_gpt2 import GPT, Refusal
+from train_gpt2 import GPT, TECHNIQUES, Phase, UserError
 
-ENCODINGS = {(sample.BYTES_VOCABULARY, sample.BYTES_SEPARATOR): "bytes: a token is a byte of UTF-8",
-             (script.GPT2_VOCABULARY, script.GPT2_SEPARATOR): "gpt2: that of tiktoken.get_encoding('gpt2')"}
-
-
-def unusual(model: GPT) -> list[str]:
-    """What the model does that no standard class does, in plain words."""
-    config, plan = model.config, model.plan
-    found = {
-        "MLP of two matrices with ReLU^2 and no biases, norms without a gain": True,
-        "queries and keys normalised without a gain": config.qk_norm,
-        "heads that attend in pairs over two positions for each token": any(layer.paired for layer in plan),
-        "keys whose still channels come from the token before": any(layer.offset for layer in plan),
-        "rotary embedding with frequencies of its own": config.yarn > 0 or config.rotary_share < 1,
-        "attention heads that a gate can close": config.attention_gates,
-        "layers without attention": bool(config.attention_free),
-        "embeddings of the token added to attention's values": bool(config.value_layers),
-        "values of layer 0 mixed into those of later layers": config.value_residual,
-        "hashed embeddings of token pairs, added in every layer": config.bigram > 0,
-        "a second embedding of the token added in every layer": config.second_embedding,
-        "embeddings that take up a share of the one before": config.smear,
-        "the embedding mixed back into the stream in every layer": config.x0_shortcut,
-        "outputs of early layers added before later ones": bool(model.skips),
-        "a middle layer's output in part subtracted at the end": bool(config.backout),
-        "logits capped by tanh with a shift": config.softcap[0] > 0 and config.softcap[2] != 0,
-        "attention that stays within a document of the row": config.document_mask}
-    return [words for words, used in found.items() if used]
+# Those of TECHNIQUES that a forward pass shows.
+IN_MODEL = ("unet-skips", "qk-norm", "x0-shortcut", "value-residual", "value-embeddings", "attention-free",
+            "half-rotary", "softcap", "short-windows", "attention-gates", "yarn", "smear", "backout",
+            "gated-skip", "key-offset", "value-gates", "paired-heads", "bigrams")
 
 
-def description(model: GPT, saved: dict) -> dict:
-    """config.json: all that model.py needs beside the weights; schedules are resolved to the state that was saved."""
-    config, separator = model.config, saved["separator"]
-    windows = script.windows_at(saved["step"], config)
-    frequencies, _ = script.yarn_schedule(model.stage, config)
-    layers = [{"attends": layer.attends, "window": windows[layer.short], "paired": layer.paired,
-               "key_offset": layer.offset, "value_table": layer.table, "skip_from": model.skips.get(i),
-               "skip_weight": list(model.skips).index(i) if i in model.skips else None}
+def description(model: GPT, phase: Phase, saved: dict) -> dict:
+    """config.json: what model.py needs beside the weights, as it was when the model was saved."""
+    config, skips = model.config, model.skips
+    layers = [{"attends": layer.attends, "window": phase.windows[layer.short], "paired": layer.paired,
+               "key_offset": layer.key_offset, "value_table": layer.value_table,
+               "skip_from": skips.get(i), "skip_weight": list(skips).index(i) if i in skips else None}
               for i, layer in enumerate(model.plan)]
-    return {
-        "no_standard_class": unusual(model),
-        "encoding": ENCODINGS.get((model.vocabulary, separator), "unknown: that of the shards it was trained on"),
-        "vocabulary": model.vocabulary, "separator": separator, "width": config.width, "heads": config.heads,
-        "longest_text": max(config.row_tokens), "dtype": str(model.dtype)[6:], "step": saved["step"],
-        "val_loss": saved.get("val_loss"), "rms_epsilon": config.rms_epsilon, "tied": model.tied,
-        "looks_over_documents": config.cross_document, "attends_over_documents": not config.document_mask,
-        "smear": config.smear, "bigram": config.bigram > 0, "second_embedding": config.second_embedding,
-        "embedding_norm": config.embedding_norm,
-        "embedding_shortcut": config.x0_shortcut, "gated_skip": bool(config.gated_skip),
-        "backout": config.backout[0] if config.backout else None, "softcap": config.softcap, "qk_norm": config.qk_norm,
-        "value_residual": config.value_residual, "value_gates": config.value_gates,
-        "attention_gates": config.attention_gates, "rotary_frequencies": frequencies.tolist(),
-        "softmax_scale": float(model.scale), "layers": layers}
-
-
-def tensors(model: GPT) -> dict[str, Tensor]:
-    """The weights by name, as a pass uses them, without the padding rows of tables and without an embedding table that
-    is the head."""
-    by_token = ("embedding", "head", "value_tables.", "second_table")
-    return {name: (weight[:model.vocabulary] if name.startswith(by_token) else weight).contiguous()
-            for name, weight in sample.settle(model).state_dict().items() if name != "embedding" or not model.tied}
+    techniques = {name: TECHNIQUES[name].reason for name in IN_MODEL
+                  if any(getattr(config, key) != value for key, value in TECHNIQUES[name].neutral.items())}
+    encoding = sample.KNOWN.get((saved["vocabulary"], saved["separator"]), "that of its training shards")
+    return {"techniques": techniques, "encoding": encoding, "longest_text": max(config.row_tokens),
+            **{name: saved[name] for name in ("vocabulary", "separator", "step", "val_loss")},
+            **{name: getattr(config, name) for name in ("heads", "rms_epsilon", "qk_norm", "softcap")},
+            "rotary_frequencies": model.frequencies[phase.stage].tolist(),
+            "softmax_scale": model.scales[phase.stage].item(),
+            "backout": config.backout[0] if config.backout else None, "layers": layers}
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Command line. Raises Refusal for a file that is no checkpoint, a folder that cannot be, a missing package."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a run folder, or model.pt or checkpoint_*.pt in one")
+    """The command line. Raises UserError."""
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help=sample.CHECKPOINT)
     parser.add_argument("--out", type=Path, metavar="DIR",
                         help="folder of the three files (default: exported, beside the checkpoint)")
     options = parser.parse_args(arguments)
     try:
         from safetensors.torch import save_file
     except ImportError:
-        raise Refusal("the package safetensors is missing, expected by this command alone: "
-                      "pip install safetensors") from None
-    checkpoint = sample.model_file(options.checkpoint)
-    model, saved = script.load_model(checkpoint)
-    config, weights = description(model, saved), tensors(model)
-    out = options.out or checkpoint.parent / "exported"
+        raise UserError("the package safetensors is missing: pip install safetensors") from None
+    model, phase, saved = sample.open_model(options.checkpoint)
+    config, weights = description(model, phase, saved), model.state_dict()
+    if phase.tied:  # one table
+        del weights["embedding"]
+    for name, weight in weights.items():  # tables of tokens are padded to a multiple of 64 rows
+        by_token = name.startswith(("embedding", "head", "value_tables."))
+        weights[name] = (weight[:model.vocabulary] if by_token else weight).contiguous()
+    out = options.out or Path(saved["path"]).parent / "exported"
     try:
         out.mkdir(parents=True, exist_ok=True)
         save_file(weights, out / "model.safetensors", {"format": "pt"})
         (out / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-        shutil.copymode(out / "config.json", out / "model.safetensors")  # which is readable to its owner alone
+        shutil.copymode(out / "config.json", out / "model.safetensors")  # that is for its owner alone
         shutil.copyfile(HERE / "exported_model.py", out / "model.py")
     except Exception as error:  # noqa: BLE001  safetensors has an error of its own for a full disk
-        raise Refusal(f"cannot write to {out}: {' '.join(str(error).split())[:200]}; make room there, or name another "
-                      "folder with --out") from None
-    count, size = (sum(each) for each in zip(*((w.numel(), w.nbytes) for w in weights.values()), strict=True))
-    print(f"model.safetensors, config.json and model.py in {out}: {count:,} numbers, {size / 1e6:,.1f} MB; load them "
-          "there with: from model import load; load().logits(torch.tensor([...]))")
-    print("no standard Hugging Face class has: " + "; ".join(config["no_standard_class"]))
+        raise UserError(f"cannot write to {out}: {error!s:.200}; make room, or give another --out") from None
+    numbers, trained = (sum(w.numel() for w in part.values()) for part in (weights, saved["weights"]))
+    size = (out / "model.safetensors").stat().st_size
+    print(f"model.safetensors, config.json and model.py of {saved['path']} are in {out}: {numbers:,} "
+          f"numbers, {size / 1e6:,.1f} MB; there: from model import load; load().logits(torch.tensor([...]))")
+    print(f"the trainer counts {trained:,} parameters: with tables padded from {model.vocabulary} to "
+          f"{len(model.head)} rows"
+          + ", attention's scalars apart" * model.config.attention_mix + ", embedding and head apart" * phase.tied)
 
 
 if __name__ == "__main__":
-    torch.set_grad_enabled(False)
-    main()
+    sample.command(main)

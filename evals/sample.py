@@ -1,216 +1,147 @@
-"""Print text from a model.pt or checkpoint that train_gpt2.py wrote, on CPU or GPU, token by token as it is drawn.
+"""Print text of a model that train_gpt2.py wrote, token by token.
 
-    python evals/sample.py logs/RUN/model.pt --prompt "ROMEO:" --tokens 200 --temperature 0.8 --seed 1
-    python evals/sample.py logs/RUN/model.pt --prompt "def " --prompt "class " --top-k 40
-    python evals/sample.py logs/RUN --encoding mine.tiktoken         # the newest of a run, of an own tokenizer
+    python evals/sample.py logs/RUN --prompt "ROMEO:" --tokens 200 --temperature 0.8 --seed 1
+    python evals/sample.py logs --prompt "def " --prompt "class " --top-k 40    # of the newest run
+    python evals/sample.py logs/RUN --encoding mine.tiktoken                    # of an own tokenizer
 
-Each new token costs one token's work: keys and values of the tokens before it are kept (`Cache`). The speed stands on
-stderr at the end. Draws are made on the CPU, so that a seed means the same on any device.
+Keys and values of the text so far are kept, so that a token costs the work of a few tokens, whatever
+the length of the text. Draws are made on the CPU: a seed means the same on any device.
 """
 
 import argparse
 import codecs
+import contextlib
 import signal
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 
-from text import BYTES, encoding_named
+from text import BYTES, Encoding, Parser, encoding_named
 
 import train_gpt2 as script
-from train_gpt2 import GPT, Refusal
+from train_gpt2 import GPT, Phase, UserError
 
-BYTES_VOCABULARY, BYTES_SEPARATOR = BYTES.vocabulary, BYTES.separator
+CHECKPOINT = "a model.pt or checkpoint_*.pt, a run folder, or a folder of runs: of its newest"
+# What the shards were made with, where vocabulary and separator tell.
+KNOWN = {BYTES[:2]: "bytes", (script.GPT2_VOCABULARY, script.GPT2_SEPARATOR): "gpt2"}
 CHUNK = 512  # tokens of a prompt that go through the model at once
 
 
-def encoding_of(vocabulary: int, separator: int, name: str | None = None,
-                ) -> tuple[Callable[[str], list[int]], Callable[[int], bytes]]:
-    """(text -> tokens, token -> bytes) of what the shards were written with: bytes or GPT-2's where vocabulary and
-    separator are theirs, else what `name` says. Raises Refusal where that is missing or another one."""
-    own = {(BYTES_VOCABULARY, BYTES_SEPARATOR): "bytes",
-           (script.GPT2_VOCABULARY, script.GPT2_SEPARATOR): "gpt2"}.get((vocabulary, separator))
-    if name is None and own is None:
-        raise Refusal(f"the checkpoint has vocabulary {vocabulary} with separator {separator}, expected bytes "
-                      f"({BYTES_VOCABULARY}, {BYTES_SEPARATOR}) or GPT-2 ({script.GPT2_VOCABULARY}, "
-                      f"{script.GPT2_SEPARATOR}), else what its shards were made with: --encoding NAME or "
-                      "--encoding FILE.tiktoken")
-    encoding = encoding_named(name or own)
-    if (encoding.vocabulary, encoding.separator) != (vocabulary, separator):
-        raise Refusal(f"--encoding {name} has vocabulary {encoding.vocabulary} with separator {encoding.separator}, "
-                      f"expected {vocabulary} with {separator}, as the checkpoint has; give what its shards were made "
-                      f"with{f', here --encoding {own}' if own else ''}")
-    return (lambda text: encoding.encode(text).tolist()), encoding.decode
-
-
-def model_file(place: str | Path) -> Path:
-    """A file as it is; of a run folder its model.pt, or else its newest checkpoint that is not damaged. Raises
-    Refusal for a folder without."""
-    place = Path(place)
+def model_file(place: Path) -> Path:
+    """A file as it is; of a run's folder model.pt, or its newest checkpoint that is whole; of a folder
+    of runs that of the newest. Raises UserError for a folder without."""
     if not place.is_dir():
         return place
-    if (place / "model.pt").exists():
-        return place / "model.pt"
-    if script.checkpoints(place):
-        return Path(script.find_checkpoint(place)["path"])
-    below = sorted({path.parent for path in (*place.glob("*/model.pt"), *place.glob("*/checkpoint_*.pt"))})
-    raise Refusal(f"{place} holds neither model.pt nor checkpoint_*.pt, expected a run folder with one"
-                  + "".join(f"; the newest below it is {run}" for run in below[-1:]))
+    runs = (place, *sorted(place.glob("*/"), reverse=True))  # names begin with the time
+    files = [path for run in runs for path in (*run.glob("model.pt"), *script.checkpoints(run)[::-1])]
+    if not files:
+        raise UserError(f"{place} has no model.pt or checkpoint_*.pt, and no run in it has one")
+    for path in files:
+        with contextlib.suppress(UserError):
+            script.read_checkpoint(path)
+            return path
+    return files[0]  # which load_model refuses
 
 
 @torch.no_grad()
 def settle(model: GPT) -> GPT:
-    """The same model with what each pass would compute anew from weights alone done once: matrices in the type of the
-    stream, the scalars of attention multiplied in. The logits stay the same to the bit."""
-    dtype = model.dtype
-    model.head.data = model.head.to(dtype)
+    """The same model, with done once what each pass computes from weights alone: matrices in the type
+    of the stream, attention's scalars multiplied in. The logits stay equal to the bit."""
+    model.head.data = model.head.to(model.dtype)
     for block in model.blocks:
-        block.mlp.data = block.mlp.to(dtype)
+        block.mlp.data = block.mlp.to(model.dtype)
         if block.attends:
-            into, out = block.attention.to(dtype).split((3, 1))
-            if block.into is not None:
-                into, out = block.into * into, block.out * out
-                block.into = block.out = None
-            block.attention = nn.Parameter(torch.cat((into, out)))
+            qkv_weight, out_weight = block.attention.to(model.dtype).split((3, 1))
+            if block.in_scale is not None:
+                qkv_weight, out_weight = block.in_scale * qkv_weight, block.out_scale * out_weight
+                block.in_scale = block.out_scale = None
+            block.attention.data = torch.cat((qkv_weight, out_weight))
     return model
 
 
-class Cache:
-    """What the tokens so far leave for those to come: in each layer that attends, the keys and values that its window
-    still reaches; and the last token, which smear, bigrams and key offset look back at. Rows are texts of one length,
-    as long as a row of training at most."""
+def open_model(place: str | Path, device: str = "cpu") -> tuple[GPT, Phase, dict]:
+    """A settled model, its phase, and what was saved with it. Raises UserError."""
+    model, saved = script.load_model(model_file(Path(place)), device)
+    return settle(model), script.phase_at(saved["step"], model.config), saved
 
-    def __init__(self, model: GPT, rows: int, windows: tuple[int, int]):
-        """windows: (long, short), as `windows_at` has them."""
-        self.model, self.windows, self.count, device = model, windows, 0, model.head.device
-        self.tokens = torch.zeros(rows, 0, dtype=torch.int32, device=device)  # the last one, none at first
-        self.alone = torch.zeros(rows, 0, dtype=torch.bool, device=device)  # whether it may not look back itself
-        self.document = torch.zeros(rows, 1, dtype=torch.int64, device=device)  # where its document began
-        heads, head_width = model.config.heads, model.config.width // model.config.heads
-        nothing = torch.zeros(rows, 0, heads, head_width, dtype=model.dtype, device=device)
-        self.layers = [{"key": nothing[:, :, :heads // (1 + layer.paired)],  # (R, positions, H, K), those in reach
-                        "value": nothing[:, :, :heads // (1 + layer.paired)], "last": nothing}  # key not yet offset
-                       if layer.attends else None for layer in model.plan]
+
+def encoding_of(saved: dict, name: str | None = None) -> Encoding:
+    """What the shards were made with: by name, or the known one. Raises UserError."""
+    sizes = saved["vocabulary"], saved["separator"]
+    name = name or KNOWN.get(sizes)
+    if name is None:
+        raise UserError(f"{saved['path']} has a vocabulary of its own, {sizes[0]} with separator {sizes[1]}; "
+                        "give what its shards were made with: --encoding NAME or --encoding FILE.tiktoken")
+    encoding = encoding_named(name)
+    if encoding[:2] != sizes:
+        raise UserError(f"--encoding {name} has vocabulary {encoding.vocabulary} with separator "
+                        f"{encoding.separator}, but {saved['path']} has {sizes[0]} with {sizes[1]}; give "
+                        f"what its shards were made with: --encoding {KNOWN.get(sizes, 'NAME or FILE')}")
+    return encoding
+
+
+class Cache:
+    """Goes through a text piece by piece. A pass is the model's own, with one function exchanged:
+    attention looks at the keys and values kept from earlier passes too.
+
+    A token's embedding looks back at two tokens (bigrams), its keys at the one before it, whole. So
+    each pass repeats the last three tokens, and drops what they yield.
+    """
+
+    def __init__(self, model: GPT, phase: Phase, separator: int):
+        self.model, self.phase, self.separator = model, phase, separator
+        self.tokens = torch.zeros(1, 0, dtype=torch.int32, device=model.head.device)  # so far
+        # Of the layers that attend, in order; keys and values (1, H, positions, K), as far as windows
+        # reach. Each pass takes all from the left and puts them back at the right.
+        self.layers = deque((layer, None, None) for layer in model.plan if layer.attends)
 
     @torch.no_grad()
-    def advance(self, tokens: Tensor, separator: int) -> Tensor:
-        """(R, T) int32, the next tokens of each row -> (R, T, D), what the model itself gives at these places, ready
-        for the head."""
-        model, config, epsilon, count = self.model, self.model.config, self.model.config.rms_epsilon, tokens.shape[1]
-        starts = tokens == separator
-        alone = torch.zeros_like(starts) if config.cross_document else starts.clone()
-        alone[:, 0] |= self.count == 0
-        self.tokens, self.alone = torch.cat((self.tokens, tokens), 1), torch.cat((self.alone, alone), 1)
-        embedded = F.embedding(self.tokens, model.head if model.tied else model.embedding).to(model.dtype)
-        bigram = second = None
-        if config.smear:
-            embedded = script.smear(embedded, model.smear_mix, model.smear_gate, self.alone)
-        if config.bigram:
-            pairs = script.bigram_rows(self.tokens, self.alone, len(model.bigram_table))
-            bigram = F.embedding(pairs[:, -count:], model.bigram_table)
-        if config.second_embedding:
-            second = script.rms_norm(F.embedding(tokens, model.second_table), epsilon)
-        x = x0 = embedded[:, -count:]
-        if config.embedding_norm:
-            x = x0 = script.rms_norm(x, epsilon)
-        visible = self.masks(starts)
-        outputs, first_value, kept = {}, None, {*model.skips.values(), *config.backout}
-        for i, (block, layer) in enumerate(zip(model.blocks, model.plan, strict=True)):
-            skip = model.skip(i, x0, outputs)
-            x = x if skip is None else x + skip
-            if block.residual is not None:
-                x = block.residual * x + block.x0 * x0
-            if block.bigram is not None:
-                x = x + block.bigram * bigram
-            if block.second is not None:
-                x = x + block.second * second
-            if block.attends:
-                from_table = None if layer.table is None else F.embedding(tokens, model.value_tables[layer.table])
-                normed, mask = script.rms_norm(x, epsilon), visible[layer.short, layer.paired]
-                attended, own = self.attend(i, normed, mask, first_value, from_table)
-                first_value = own if config.value_residual and i == 0 else first_value
-                x = x + attended
-            up, down = block.mlp.to(x.dtype).unbind(0)
-            x = x + F.linear(script.rms_norm(x, epsilon), up).relu().square() @ down
-            if i in kept:
-                outputs[i] = x
-        for source in config.backout:
-            x = x - model.backout_mix * outputs[source]
-        self.tokens, self.alone, self.count = self.tokens[:, -1:], self.alone[:, -1:], self.count + count
-        return script.rms_norm(x, epsilon)
+    def advance(self, tokens: Tensor) -> Tensor:
+        """(1, T) int32, the next tokens -> (1, T, D), ready for the head."""
+        self.repeated = min(3, self.tokens.shape[1])
+        self.begin = self.tokens.shape[1] - self.repeated
+        self.tokens = torch.cat((self.tokens, tokens), dim=1)
+        inputs = self.tokens[:, self.begin:]
+        own, script.attention = script.attention, self.attention
+        try:
+            return self.model(inputs, inputs == self.separator, self.phase)[:, self.repeated:]
+        finally:
+            script.attention = own
 
-    def masks(self, starts: Tensor) -> dict[tuple[bool, bool], Tensor]:
-        """(R, T) bool, the new tokens' document starts -> by kind of layer, which of the keys kept and of the new ones
-        each new query sees, (R, 1, queries, keys) bool; paired layers have two positions for each token."""
-        count, masks = starts.shape[1], {}
-        position = torch.arange(self.count, self.count + count, device=starts.device)
-        begins = starts & self.model.config.document_mask
-        document = torch.maximum((position * begins).cummax(dim=1).values, self.document)  # (R, T)
-        self.document = document[:, -1:]
-        for layer, past in zip(self.model.plan, self.layers, strict=True):
-            kind, each = (layer.short, layer.paired), 1 + layer.paired
-            if past is None or kind in masks:
-                continue
-            query = torch.arange(each * self.count, each * (self.count + count), device=starts.device)
-            key = torch.arange(each * self.count - past["key"].shape[1], each * (self.count + count),
-                               device=starts.device)
-            first = torch.maximum((each * document).repeat_interleave(each, dim=1), query - self.windows[layer.short])
-            masks[kind] = ((first[..., None] <= key) & (key <= query[:, None]))[:, None]
-        return masks
-
-    def attend(self, i: int, x: Tensor, visible: Tensor, first_value: Tensor | None,
-               from_table: Tensor | None) -> tuple[Tensor, Tensor]:
-        """What the attention of layer i adds to the stream at the new tokens, and its own values there."""
-        block, layer, model, past = self.model.blocks[i], self.model.plan[i], self.model, self.layers[i]
-        rows, tokens, _ = x.shape
-        into, out = block.attention.to(x.dtype).split((3, 1))
-        if block.into is not None:
-            into, out = block.into * into, block.out * out
-        query, key, own = F.linear(x, into.flatten(0, 1)).view(rows, tokens, 3 * block.heads, -1).chunk(3, dim=2)
-        if block.qk_norm:
-            query, key = script.rms_norm(query, block.epsilon), script.rms_norm(key, block.epsilon)
-        done = self.count * (1 + block.paired)  # positions before these
-        turns = [script.table_of(table[done:], tokens, block.heads, block.paired)
-                 for table in (model.cosine, model.sine)]
-        query, key, value = script.rotate(query, *turns) * model.scale, script.rotate(key, *turns), own
-        if first_value is not None:
-            value = torch.lerp(value, first_value, block.value_mix.to(value.dtype))
-        if from_table is not None:
-            share = 2 * script.gate(x, block.value_gate)[..., None] if block.value_gate is not None else 1
-            value = value + share * from_table.view(value.shape)
-        if block.offset:  # with the token before in front
-            both = torch.cat((past["last"], key), 1)
-            past["last"] = key[:, -1:]
-            key = script.offset_keys(both, 2 * model.cosine.shape[-1], self.alone)[:, -tokens:]
-        if block.paired:
-            query, key, value = (part.reshape(rows, 2 * tokens, block.heads // 2, -1) for part in (query, key, value))
-        key, value = torch.cat((past["key"], key), 1), torch.cat((past["value"], value), 1)
-        past["key"], past["value"] = (part[:, -self.windows[layer.short]:] for part in (key, value))
-        seen = F.scaled_dot_product_attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2),
-                                              visible, scale=1.0)
-        seen = seen.transpose(1, 2).reshape(rows, tokens, block.heads, -1)
-        if block.attention_gate is not None:
-            seen = seen * script.gate(x, block.attention_gate)[..., None]
-        return F.linear(seen.flatten(2), out[0]), own
-
-
-@torch.no_grad()
-def all_hidden(model: GPT, tokens: Tensor, separator: int, windows: tuple[int, int]) -> Tensor:
-    """(R, T) int32 -> (R, T, D): the model as training runs it, without a cache."""
-    starts = tokens == separator
-    return model(tokens, starts, script.attention_masks(model, starts, windows))
+    def attention(self, query: Tensor, key: Tensor, value: Tensor, _mask) -> Tensor:
+        """Of the next layer, all (1, H, positions, K). A token has two positions in paired layers."""
+        layer, old_key, old_value = self.layers.popleft()
+        each, window = 1 + layer.paired, self.phase.windows[layer.short]
+        angle = each * self.begin * self.model.frequencies[self.phase.stage]
+        tables = angle.cos().to(query.dtype), angle.sin().to(query.dtype)
+        query, key = script.rotary(query, *tables), script.rotary(key, *tables)  # from the text's start on
+        if old_key is not None:
+            key = torch.cat((old_key, key[:, :, each * self.repeated:]), dim=2)
+            value = torch.cat((old_value, value[:, :, each * self.repeated:]), dim=2)
+        reach = window + 3 * each  # of the tokens that the next pass repeats
+        self.layers.append((layer, key[:, :, -reach:], value[:, :, -reach:]))
+        starts = self.tokens == self.separator
+        if layer.paired:
+            starts = torch.stack((starts, torch.zeros_like(starts)), dim=-1).flatten(1)
+        position, queries = torch.arange(starts.shape[1], device=starts.device), query.shape[2]
+        first_key = script.first_visible_key(starts, window)[0, -queries:, None]
+        last_key, position = position[-queries:, None], position[-key.shape[2]:]
+        visible = (first_key <= position) & (position <= last_key)
+        return F.scaled_dot_product_attention(query, key, value, visible, scale=1.0)
 
 
 def drawn(logits: Tensor, temperature: float, top_k: int, draw: torch.Generator) -> int:
-    """(V,) -> a token: the likeliest at temperature 0, else by chance, among the `top_k` likeliest if that is not 0."""
+    """(V,) -> a token: the likeliest at temperature 0, else by chance among the `top_k` likeliest, or
+    among all if that is 0."""
     logits = logits.double().cpu()
     if temperature == 0:
         return int(logits.argmax())
@@ -220,80 +151,77 @@ def drawn(logits: Tensor, temperature: float, top_k: int, draw: torch.Generator)
     return int(torch.multinomial(chances, 1, generator=draw))
 
 
-def generate(model: GPT, tokens: list[int], separator: int, windows: tuple[int, int], count: int, temperature: float,
-             top_k: int = 0, seed: int = 0, cached: bool = True) -> Iterator[int]:
-    """Yield `count` tokens after `tokens`, with or without the cache: the same ones but for rounding. The context is a
-    row of training at most; when it is full, its older half is forgotten and the cache is filled anew."""
+def generate(model: GPT, phase: Phase, tokens: list[int], separator: int, count: int, temperature: float,
+             top_k: int = 0, seed: int = 0) -> Iterator[int]:
+    """Yield `count` tokens that follow `tokens`. The context is a row of training at most; when it is
+    full, its older half is forgotten."""
     draw, row = torch.Generator().manual_seed(seed), max(model.config.row_tokens)
-    context, cache, new = list(tokens), None, []
+    cache, new = Cache(model, phase, separator), torch.tensor([tokens], dtype=torch.int32)
     for _ in range(count):
-        if len(context) > row:
-            context, cache = context[-(row // 2):], None
-        if cache is None:
-            new = context
-            cache = Cache(model, 1, windows) if cached else None
-        inputs = torch.tensor([new], dtype=torch.int32, device=model.head.device)
-        if cached:
-            for part in inputs.split(CHUNK, dim=1):
-                hidden = cache.advance(part, separator)
-        else:
-            hidden = all_hidden(model, inputs, separator, windows)
-        new = [drawn(model.logits(hidden[0, -1]), temperature, top_k, draw)]
-        context = context + new
-        yield new[0]
+        new = new.to(model.head.device)
+        if cache.tokens.shape[1] + new.shape[1] > row:
+            new = torch.cat((cache.tokens, new), dim=1)[:, -(row // 2):]
+            cache = Cache(model, phase, separator)
+        for part in new.split(CHUNK, dim=1):
+            hidden = cache.advance(part)
+        token = drawn(model.logits(hidden[0, -1]).detach(), temperature, top_k, draw)
+        new = torch.tensor([[token]], dtype=torch.int32)
+        yield token
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Command line. Raises Refusal for a file that is no checkpoint and for numbers out of range."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", metavar="CHECKPOINT",
-                        help="a model.pt or checkpoint_*.pt, or a run folder: its model.pt, else its newest checkpoint")
-    parser.add_argument("--encoding", metavar="NAME|FILE", help="what the shards were made with, as for data/text.py "
-                        "(default: bytes or gpt2, where the model has that vocabulary)")
-    parser.add_argument("--prompt", action="append", metavar="TEXT",
-                        help="what the text begins with (default: nothing); given several times, a text for each")
-    parser.add_argument("--tokens", type=int, default=200, metavar="N", help="length of a text (default 200)")
-    parser.add_argument("--temperature", type=float, default=0.8, metavar="T", help="0: likeliest token (default 0.8)")
-    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="draw among the K likeliest (default 0: all)")
-    parser.add_argument("--seed", type=int, default=0, metavar="S",
-                        help="of the draws of the first text, the next one has S + 1 (default 0)")
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto",
-                        help="auto: the GPU if there is one")
-    parser.add_argument("--no-cache", action="store_true",
-                        help="go through the whole text again for each token: slow")
-    options = parser.parse_args(arguments)
-    limits = {"tokens": (1, 2**31, 200), "temperature": (0, 1e6, 0.8), "top_k": (0, 2**31, 40), "seed": (0, 2**62, 0)}
-    for name, (low, high, example) in limits.items():
-        value, flag = getattr(options, name), "--" + name.replace("_", "-")
-        if not low <= value <= high:
-            raise Refusal(f"{flag} {value} is out of range: expected {low} to {high:.0f}, for example {flag} {example}")
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise Refusal("--device cuda, but torch finds no GPU here; give --device cpu")
-    device = "cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu"
-    model, saved = script.load_model(model_file(options.checkpoint), device)
-    separator, windows = saved["separator"], script.windows_at(saved["step"], model.config)
-    encode, decode = encoding_of(saved["vocabulary"], separator, options.encoding)
-    prompts = options.prompt or [""]
-    settle(model)
-    began = time.perf_counter()
+    """The command line. Raises UserError."""
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("checkpoint", metavar="CHECKPOINT", help=CHECKPOINT)
+    add("--encoding", metavar="NAME|FILE", help="what the shards were made with, as for data/text.py "
+        "(default: bytes or gpt2, where the model has that vocabulary)")
+    add("--prompt", action="append", metavar="TEXT",
+        help="what the text begins with (default: nothing); given several times, a text for each")
+    add("--tokens", type=int, default=200, metavar="N", help="length of a text (default 200)")
+    add("--temperature", type=float, default=0.8, metavar="T", help="0: likeliest token (default 0.8)")
+    add("--top-k", type=int, default=0, metavar="K", help="draw among the K likeliest (default 0: all)")
+    add("--seed", type=int, default=0, metavar="S",
+        help="of the first text's draws, the next has S + 1 (default 0)")
+    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: the GPU if there is one")
+    options, has_gpu = parser.parse_args(arguments), torch.cuda.is_available()
+    for name, least, most in (("tokens", 1, 2**31), ("temperature", 0, 1e6), ("top_k", 0, 2**31),
+                              ("seed", 0, 2**62)):
+        value = getattr(options, name)
+        if not least <= value <= most:
+            parser.error(f"{script.flag(name)} {value} is not from {least} to {most:.0f}")
+    if options.device == "cuda" and not has_gpu:
+        parser.error("--device cuda, but torch finds no GPU here; give --device cpu")
+    device = "cuda" if options.device != "cpu" and has_gpu else "cpu"
+    model, phase, saved = open_model(options.checkpoint, device)
+    encoding, prompts = encoding_of(saved, options.encoding), options.prompt or [""]
+    separator, began = saved["separator"], time.perf_counter()
     for number, prompt in enumerate(prompts):
-        print("\n" + "-" * 72 if number else "", end="\n" * (number > 0))
-        print(prompt, end="", flush=True)
-        text = codecs.getincrementaldecoder("utf-8")(errors="replace")  # keeps bytes that are half a character
-        for token in generate(model, [separator, *encode(prompt)], separator, windows, options.tokens,
-                              options.temperature, options.top_k, options.seed + number, not options.no_cache):
-            print(text.decode(b"\n\n" if token == separator else decode(token)), end="", flush=True)
+        print(("\n" + "-" * 72 + "\n") * (number > 0) + prompt, end="", flush=True)
+        text = codecs.getincrementaldecoder("utf-8")(errors="replace")  # keeps half a character
+        tokens = [separator, *encoding.encode(prompt).tolist()]
+        for token in generate(model, phase, tokens, separator, options.tokens, options.temperature,
+                              options.top_k, options.seed + number):
+            word = b"\n\n" if token == separator else encoding.decode(token)
+            print(text.decode(word), end="", flush=True)
         print(text.decode(b"", final=True))
     count, seconds = options.tokens * len(prompts), time.perf_counter() - began
-    print(f"{count:,} tokens in {seconds:.2f} s with their prompts, {count / seconds:,.0f} tokens/s on {device} in "
-          f"{str(model.dtype)[6:]}, {'without' if options.no_cache else 'with'} cache", file=sys.stderr)
+    print(f"{count:,} tokens in {seconds:.2f} s with their prompts, {count / seconds:,.0f} tokens/s on "
+          f"{device} in {model.config.dtype}, from {saved['path']}", file=sys.stderr)
 
 
-if __name__ == "__main__":
+def command(main: Callable[[], None]) -> None:
+    """`main` as a program: no traceback where the reader of a pipe leaves early, where the terminal
+    lacks a character, or on Ctrl-C."""
     if hasattr(signal, "SIGPIPE"):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # the reader of a pipe may leave early
-    sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    if sys.stdout:  # None where it is closed
+        sys.stdout.reconfigure(errors="replace")
     try:
         main()
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    command(main)

@@ -1,28 +1,30 @@
-"""Which of two versions is faster? Runs them in turn on one machine and compares their time per step.
+"""Which of two is faster, and do both reach the same loss? Runs them in turn on one machine: A B, B A, A B, ...
 
     python records/bench.py HEAD~1 HEAD                        # two commits of the repository in which you stand
     python records/bench.py main . --rounds 10 --json ab.json  # a branch against the files as they are now
     python records/bench.py 'python old.py' 'python new.py'    # two commands
+    python records/bench.py --peer 12 LOG --corpus DIR         # A: our script, B: that of record 12, on one GPU
 
-A and B are commits (hash, branch, tag), `.` or WORKING for the working tree, or commands: words with a space, or a
-program. A commit is checked out in a temporary folder, which goes when all is done, and runs --command there; data
-folders that git does not know are linked into it. `python` is the one that runs this file.
+A and B are commits, `.` or WORKING for the working tree, or commands: two words or more, or the path of a program. A
+commit is cloned into a temporary folder and runs --command there, with links to the data that git does not track.
+`python` is the one that runs this file. {seed} in a command and BENCH_SEED in its environment: the round's number.
 
-Order. The rounds go A B, B A, A B, ...: a machine that gets slower all the time adds to B - A in one round what it
-takes from it in the next, so an even number of rounds cancels a steady drift, which A B, A B, ... would count for A.
-Of an odd number, one round's drift divided by the rounds is left, always less than the interval is wide. The interval
-is that of the mean of the rounds' differences, 95 % by t.
+Compared are milliseconds per step by the run's own clock over its steps after the first --skip, from metrics.jsonl or
+from the step lines that it prints, ours or the public speedrun's; without either, the time of the whole command. The
+interval is that of the mean of the rounds' differences, 95 % by t. An even number of rounds cancels a steady drift.
 
-Measure. Milliseconds per step from the train_time in the log lines that a run prints, over its steps after the first
---skip; the lines of the public speedrun are read too. Validation is outside that clock. Where not all runs have such
-lines, the last step_avg is compared, else the time of the whole command. The table says which.
+LOG is your own copy of a log of record 12 or 28 of modded-nanogpt, which begins with a script. The script is patched
+(see PEERS) and runs as one process on the shards of DIR, *_train_*.bin and *_val_*.bin. Compared are milliseconds per
+1,000 tokens and the last losses, after equally many tokens.
 """
 
 import argparse
 import contextlib
+import itertools
 import json
 import math
 import os
+import platform
 import re
 import shlex
 import shutil
@@ -34,364 +36,254 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
+from report import Parser, UserError, parse
+from scipy.special import stdtrit
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent), str(HERE)]
-import doctor
-from ladder import processor
-from report import STEP_LINE, Parser, count, difference, distributions, number, table
+TRAINER = Path(__file__).resolve().parent.parent / "train_gpt2.py"
+PER_TOKENS, PER_STEP, WHOLE = MEASURES = ("ms per 1,000 tokens", "ms per step", "ms of the whole command")
+GRACE = 30  # seconds between SIGTERM and SIGKILL: torchrun needs some to end its processes
+GPU_STATE = ("--format=csv --query-gpu=name,driver_version,clocks.sm,clocks.max.sm,clocks.mem,clocks.max.mem,"
+             "power.limit,temperature.gpu,clocks_event_reasons.sw_power_cap,clocks_event_reasons.sw_thermal_slowdown")
+SHORT = "--val-every 10 --val-tokens 1048576 --muon-momentum-start 0.95"
+PATCHES = (
+    (r"data/fineweb10B/fineweb_(train|val)_", r"CORPUS/*_\1_"), (r"^( +val_tokens.*= )\d+", r"\g<1>1048576"),
+    (r"^(import torch)$", r"\1; torch.manual_seed(int(os.environ['BENCH_SEED']))"),
+    # Average-form momentum weighs old gradients more while it rises: in a short run it stays constant, as in ours.
+    (r"\(1 - frac\) \* 0\.85 \+ frac \* 0\.95", "0.95"))
+PEERS = {  # our options that match it, tokens of its update, steps before its clock starts, patches
+    # 2024-11-19_FlexAttention/8384493d-dba9-4991-b16b-8696953f5e6d.txt. torch's epsilon for bfloat16 was 2^-7 then.
+    "12": (f"--preset five-minute --steps 50 {SHORT}", 524_288, 10, (
+        *PATCHES, (r"^( +num_iterations.*= )\d+", r"\g<1>50"), (r"^( +warmdown_iters.*= )\d+", r"\g<1>15"),
+        (r"^( +val_loss_every.*= )\d+", r"\g<1>10"), (r"(descent_tuning = )True", r"\1False"),
+        (r"(F\.rms_norm\(\w+, \(\w+\.size\(-1\),\))\)", r"\1, eps=2**-7)"))),
+    # 2025-08-23_SparseAttnGate/020630eb-2191-4ba2-9ee4-4cdc94316943.txt
+    "28": (f"--preset gpt2 --steps 60 {SHORT}", 393_216, 0, (
+        *PATCHES, (r"^( +num_iterations.*= )\d+", r"\g<1>40"), (r"^( +val_loss_every.*= )\d+", r"\g<1>8"),
+        ("final/", "")))}
 
-from train_gpt2 import Refusal, nearest
 
-GRACE = 30  # seconds to end in; torchrun needs some to end its processes
-WORKING = (".", "WORKING")
-FILES = re.compile(r"--(train|val)[-_]files")
-BY_CLOCK, BY_AVERAGE, WHOLE = MEASURES = (
-    "ms per step by train_time", "ms per step by the last step_avg", "ms of the whole command")
-STATE = ("--query-gpu=index,name,driver_version,clocks.sm,clocks.max.sm,clocks.mem,clocks.max.mem,power.limit,"
-         "temperature.gpu,clocks_event_reasons.active")
-
-# ----------------------------------------------------------------------------------------------------------------------
-# What is compared. In: two words. Out: a command and a folder for each.
-
-
-class Side(NamedTuple):
-    label: str  # A or B
+class Contender(NamedTuple):
     what: str
-    words: list[str]
-    folder: Path
-    out: Path  # where its runs go
+    command: list[str]
+    folder: Path  # where it runs
+    out: Path  # where it writes; removed after each run
+    environment: dict[str, str] = MappingProxyType({})
+    batch: int = 0  # tokens of an update, where its log does not say
 
 
-def git(folder: Path, *arguments) -> str:
-    """What git prints; Ctrl-C does not reach it. Raises Refusal with what a failing one says."""
+def git(*words) -> str:
+    """What git prints. Raises UserError with its message if it fails."""
+    done = subprocess.run(["git", *map(str, words)], check=False, capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(f"git says: {' '.join(done.stderr.split())}")
+    return done.stdout.strip()
+
+
+def contender(words: list[str], command: list[str], folder: Path) -> Contender:
+    """A commit, the working tree or a command."""
+    word, is_working = " ".join(words), words in (["."], ["WORKING"])
+    clone, out = folder / "clone", folder / "runs"
+    if len(words) > 1 or Path(word).is_file():
+        return Contender(shlex.join(words), words, Path.cwd(), out)
     try:
-        ended = subprocess.run(["git", *map(str, arguments)], check=False, cwd=folder, capture_output=True, text=True,
-                               start_new_session=True)
-    except FileNotFoundError:
-        raise Refusal("git is not installed, expected to find commits; install it, or give two commands") from None
-    if ended.returncode:
-        raise Refusal(f"git {arguments[0]} says: {ended.stderr.strip() or 'nothing'}")
-    return ended.stdout.strip()
+        root = Path(git("rev-parse", "--show-toplevel"))
+        commit = git("rev-parse", "--verify", f"{'HEAD' if is_working else word}^{{commit}}")
+    except UserError as refusal:
+        raise UserError(f"{word!r} is no commit ({refusal}); expected a commit, . for the working tree, or a command "
+                      "(git log --oneline lists commits)") from None
+    what = git("log", "-1", "--format=%h %s", commit)
+    if changed := git("status", "--porcelain", "--untracked-files=no").splitlines():
+        what += f" ({'with' if is_working else 'without'} the changes to {len(changed)} file(s) of the working tree)"
+    if not is_working:
+        git("clone", "--quiet", "--shared", "--no-checkout", root, clone)
+        git("-C", clone, "checkout", "--quiet", "--detach", commit)
+        for name in git("-C", root, "ls-files", "--others", "--directory", "-z", "data").split("\0"):
+            if name and not (link := clone / name).exists():
+                link.parent.mkdir(parents=True, exist_ok=True)
+                link.symlink_to(root / name)
+    if re.search(r"(train_gpt2\.py|run\.sh)(?!.* --out[ =])", " ".join(command)):
+        command = [*command, "--out", str(out)]
+    return Contender(what, command, root if is_working else clone, out)
 
 
-def take_away(root: Path, folder: Path) -> None:
-    """Git forgets a folder that it has checked out, or half of it."""
-    try:
-        git(root, "worktree", "remove", "--force", "--force", folder)
-    except Refusal:
-        shutil.rmtree(folder, ignore_errors=True)
-        git(root, "worktree", "prune")
+def against_peer(number: str, log: str, corpus: Path, folder: Path) -> list[Contender]:
+    """Our script and a patched copy of a peer's."""
+    options, batch, _, patches = PEERS[number]
+    parts = re.split(r"(?m)^={60,}$", Path(log).read_text(errors="replace"))
+    script = next((part.strip() for part in parts if part.strip()), "") + "\n"
+    for pattern, new in patches:
+        script, count = re.subn(pattern, new, script, flags=re.MULTILINE)
+        if not count:
+            raise UserError(f"{log} has no {pattern}, so it is not the script of record {number}; give its log")
+        print(f"patch of B, {count} times: {pattern} => {new}")
+    (folder / "script.py").write_text(script.replace("CORPUS", str(corpus.resolve())), encoding="utf-8")
+    ours = ["python", str(TRAINER), *options.split(),
+            *(f"--{part}-files={corpus.resolve()}/*_{part}_*.bin" for part in ("train", "val")),
+            "--seed", "{seed}", "--out", str(folder / "runs")]
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+    return [Contender(f"train_gpt2.py {options}", ours, folder, folder / "runs"),
+            Contender(f"script of record {number}", ["python", "script.py"], folder, folder / "logs", alone, batch)]
 
 
-def check_out(root: Path, commit: str, folder: Path, stack: contextlib.ExitStack) -> None:
-    """The commit in a folder of its own, till the stack is left. What git does not know below data/ is linked there."""
-    stack.callback(take_away, root, folder)
-    git(root, "worktree", "add", "--detach", folder, commit)
-    for name in git(root, "ls-files", "--others", "--directory", "-z", "--", "data").split("\0"):
-        link = folder / name
-        if name and "__pycache__" not in name and not link.exists():
-            link.parent.mkdir(parents=True, exist_ok=True)
-            link.symlink_to(root / name)
-
-
-def default_command(gpus: int) -> str:
-    if gpus:
-        return f"torchrun --standalone --nproc_per_node={gpus} train_gpt2.py --steps 200 --val-every 0"
-    return "python train_gpt2.py --preset tiny --steps 60 --val-every 0"
-
-
-def split(command: str) -> list[str]:
-    with contextlib.suppress(ValueError):
-        if words := shlex.split(command):
-            return words
-    raise Refusal(f"{command!r} is no command, expected words as a shell takes them, with their quotes closed")
-
-
-def for_commit(command: str, out: Path) -> list[str]:
-    """The command of a commit. Relative files are meant from where the user stands, as for run.sh."""
-    words: list[str] = []
-    for word in split(command):
-        option, equals, value = word.partition("=")
-        if words and FILES.fullmatch(words[-1]):
-            word = str(Path.cwd() / word)
-        elif equals and FILES.fullmatch(option):
-            word = f"{option}={Path.cwd() / value}"
-        words.append(word)
-    is_ours = any(Path(word).name in ("train_gpt2.py", "run.sh") for word in words)
-    given = any(word.partition("=")[0] == "--out" for word in words)
-    return words + ["--out", str(out)] * (is_ours and not given)
-
-
-def side(label: str, word: str, command: str, temporary: Path, stack: contextlib.ExitStack) -> Side:
-    """What a word means. Raises Refusal for one that means nothing."""
-    here, out, root, commit = Path.cwd(), temporary / f"runs of {label}", None, ""
-    is_command = len(word.split()) > 1 or word not in WORKING and shutil.which(word)
-    try:
-        if len(word.split()) < 2:
-            root = Path(git(here, "rev-parse", "--show-toplevel"))
-            commit = git(root, "rev-parse", "--verify", f"{'HEAD' if word in WORKING else word}^{{commit}}")
-    except Refusal as refusal:
-        if not is_command:
-            names = git(root, "for-each-ref", "--format=%(refname:short)").split() if root else []
-            advice = f"the nearest is {nearest(word, ['HEAD', *names])}" if root else "cd to the repository"
-            reason = f"is no commit of {root}" if root else f"cannot be looked up: {refusal}"
-            raise Refusal(f"{label}, {word!r}, {reason}; expected a commit, . for the working tree, or a command; "
-                          f"{advice} (git log --oneline lists commits)") from None
-    if not commit:
-        return Side(label, word, split(word), here, out)
-    what = git(root, "log", "-1", "--format=%h %s", commit)
-    changed = len(git(root, "status", "--porcelain", "--untracked-files=no").splitlines())
-    if word in WORKING:
-        what = f"the working tree, {changed} file(s) changed since {what}"
-        return Side(label, what, for_commit(command, out), root, out)
-    if changed and commit == git(root, "rev-parse", "HEAD"):
-        what += f" (without the changes to {changed} file(s) since; . takes them)"
-    check_out(root, commit, temporary / label, stack)
-    return Side(label, what, for_commit(command, out), temporary / label, out)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# One run. In: a side. Out: its time per step and its loss.
-
-
-class Measured(NamedTuple):
-    times: dict[str, float]  # milliseconds, by those of MEASURES that it has
-    steps: int
-    loss: float  # the last one: of validation, or of training where there is none; NaN without any
-
-
-def read_output(text: str, seconds: float, skip: int) -> Measured:
-    """What a run printed, and how long all of it took. Raises Refusal where no step is left to measure."""
-    clock: list[tuple[int, float]] = []
-    losses, average = {}, math.nan
-    for step, _, kind, loss, milliseconds, step_avg in STEP_LINE.findall(text):
-        if clock and float(milliseconds) < clock[-1][1]:  # set back, as older public scripts do after their warm-up
-            clock.clear()
-        clock.append((int(step), float(milliseconds)))
-        losses[kind], average = number(loss), number(step_avg)
-    steps = clock[-1][0] if clock else 0
-    if clock and skip >= steps:
-        raise Refusal(f"--skip {skip} leaves none of {steps} steps; the nearest is --skip {max(0, steps - 1)}")
-    kept = [moment for moment in clock if moment[0] >= skip]
-    times = {BY_CLOCK: math.nan, BY_AVERAGE: average, WHOLE: 1000 * seconds}
-    if kept and kept[-1][0] > kept[0][0]:
-        times[BY_CLOCK] = (kept[-1][1] - kept[0][1]) / (kept[-1][0] - kept[0][0])
-    return Measured({name: value for name, value in times.items() if math.isfinite(value)}, steps,
-                    losses.get("val", losses.get("train", math.nan)))
-
-
-def last_words(stderr: str, stdout: str) -> str:
-    """The last line, but for what torchrun says about the end of its processes."""
-    own = re.split(r"^E\d{4} .*/elastic/", stderr, maxsplit=1, flags=re.MULTILINE)[0]
-    lines = [line for line in (stdout + "\n" + own).splitlines() if line.strip() and not re.match(r"W\d{4} ", line)]
-    return lines[-1].strip() if lines else "nothing"
+def measured(one: Contender, printed: str, whole: float, skip: int) -> dict:
+    """Times by those of MEASURES that a run has, and its losses. whole: seconds of the command."""
+    file = next(one.out.rglob("metrics.jsonl"), None)
+    kept, _ = parse(file.read_text(), file) if file else parse(printed, Path("output.txt"))
+    points = kept["train"] | kept["val"]  # by step
+    seconds = {step: line[1] for step, line in kept["step"].items()} | {step: at.seconds for step, at in points.items()}
+    losses = {kind: {step: kept[kind][step].loss for step in sorted(kept[kind])} for kind in ("train", "val")}
+    steps, times = sorted(seconds), {WHOLE: 1000 * whole}
+    if steps and skip >= steps[-1]:
+        raise UserError(f"--skip {skip} leaves none of {steps[-1]} steps; give less")
+    set_back = [step for last, step in itertools.pairwise(steps) if seconds[step] < seconds[last]]  # as in record 12
+    timed = [step for step in steps if step >= max([skip, *set_back])]
+    if len(timed) > 1:
+        first, last = timed[0], timed[-1]
+        times[PER_STEP] = 1000 * (seconds[last] - seconds[first]) / (last - first)
+        if tokens := points[last].tokens - points[first].tokens if file else one.batch * (last - first):
+            times[PER_TOKENS] = 1e6 * (seconds[last] - seconds[first]) / tokens
+    loss = [math.nan, *(losses["val"] or losses["train"]).values()][-1]
+    return {"times": times, "steps": steps[-1] if steps else 0, "loss": loss, "losses": losses, "seconds": seconds}
 
 
 def end(process: subprocess.Popen) -> None:
     """End it and all that it has started."""
-    for sent in (signal.SIGTERM, signal.SIGKILL):
+    for number in (signal.SIGTERM, signal.SIGKILL):
         with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
             if process.poll() is None:
-                os.killpg(process.pid, sent)
+                os.killpg(process.pid, number)
                 process.wait(GRACE)
 
 
-def run_once(side: Side, name: str, temporary: Path, options: argparse.Namespace) -> Measured:
-    """Raises Refusal for a run that fails or takes too long."""
-    path = os.pathsep.join([str(temporary), str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
-    environment, late = {**os.environ, "PATH": path, "VIRTUAL_ENV": sys.prefix}, threading.Event()
-    with (tempfile.TemporaryFile("w+", errors="replace") as stdout,
-          tempfile.TemporaryFile("w+", errors="replace") as stderr):
-        begin = time.perf_counter()
+def run_once(name: str, one: Contender, seed: int, options: argparse.Namespace, output: Path) -> dict:
+    """Raises UserError for a run that fails or takes too long."""
+    command = [word.replace("{seed}", str(seed)) for word in one.command]
+    command[0] = sys.executable if command[0] in ("python", "python3") else command[0]
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    environment = os.environ | {"PATH": path, "VIRTUAL_ENV": sys.prefix, "BENCH_SEED": str(seed)} | one.environment
+    begin = time.perf_counter()
+    with open(output, "w") as file:
+        process = subprocess.Popen(command, cwd=one.folder, env=environment, stdin=subprocess.DEVNULL, stdout=file,
+                                   stderr=subprocess.STDOUT, start_new_session=True)
+        timer = threading.Timer(options.timeout, end, [process])  # wait(timeout) would only look every 50 ms
+        timer.start()
         try:
-            process = subprocess.Popen(side.words, cwd=side.folder, env=environment, stdin=subprocess.DEVNULL,
-                                       stdout=stdout, stderr=stderr, start_new_session=True)
-        except OSError as error:
-            raise Refusal(f"{name}: cannot start {side.words[0]}: {error.strerror}; expected a program") from None
-        # A wait with a limit would look only now and then whether the command has ended.
-        timer = threading.Timer(options.timeout, lambda: (late.set(), end(process)))
-        try:
-            timer.start()
-            status = process.wait()
+            status, whole = process.wait(), time.perf_counter() - begin
         finally:
             timer.cancel()
             end(process)
-        seconds = time.perf_counter() - begin
-        stdout.seek(0), stderr.seek(0)
-        printed, said = stdout.read(), stderr.read()
-    for model in side.out.rglob("model.pt"):  # a run leaves up to a GiB, and only its time is asked for
-        model.unlink()
-    if late.is_set():
-        raise Refusal(f"{name} was still running after {options.timeout:g} s, so it was ended; expected less: give "
-                      "fewer steps, or a longer --timeout")
-    if status:
-        raise Refusal(f"{name} ({side.what}) ended with status {status if status > 0 else 128 - status}, expected 0; "
-                      f"it said: {last_words(said, printed)}; its command: {shlex.join(side.words)}")
-    return read_output(printed, seconds, options.skip)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The machine.
-
-
-def asked(question, *arguments):
-    """The answer of nvidia-smi; empty where it is not installed, its complaint where it fails."""
-    try:
-        return question(*arguments) or ""
-    except (RuntimeError, OSError, subprocess.TimeoutExpired) as error:
-        return f"nvidia-smi gives no answer: {' '.join(str(error).split())}"
-
-
-def gpu_state() -> list[str]:
-    """A line for each GPU."""
-    rows = asked(doctor.table, STATE)
-    if isinstance(rows, str):
-        return [rows] * bool(rows)
-    lines = []
-    for index, name, driver, sm, most_sm, memory, most_memory, power, heat, bits in rows:
-        bits = doctor.number(bits)  # NaN where the GPU does not say
-        held = [problem.split(":")[0] for mask, problem in doctor.REASONS.items() if bits > 0 and int(bits) & mask]
-        lines.append(f"GPU {index}: {name}, driver {driver}, SM {sm} of {most_sm} MHz, memory {memory} of {most_memory}"
-                     f" MHz, power limit {power} W, {heat} degrees, {', '.join(held) or 'not throttled'}")
-    return lines
+    printed = output.read_text(errors="replace")
+    late = whole >= options.timeout
+    if late or status:
+        print(*printed.splitlines()[-40:], sep="\n")
+        state = f"still ran after {options.timeout:g} s" if late else f"ended with status {status}"
+        raise UserError(f"{name} {state}; its last lines are above; its command: {shlex.join(command)}")
+    found = measured(one, printed, whole, options.skip)
+    shutil.rmtree(one.out, ignore_errors=True)  # weights
+    return found
 
 
 def machine() -> list[str]:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    load = f"load {os.getloadavg()[0]:.2f} before, " if hasattr(os, "getloadavg") else ""
-    topology = re.sub(r"\x1b\[\d*m", "", asked(doctor.run, "nvidia-smi topo -m")).splitlines()
-    first = (f"machine: {processor()}, {cores} of {os.cpu_count()} cores, {load}Python {sys.version.split()[0]}, torch "
-             f"{torch.__version__}")
-    return [first, *gpu_state(), *(line.rstrip() for line in topology if line.strip())]
+    """Processor, load and versions; clocks, driver and topology of the GPUs."""
+    lines = [(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.2f}, "
+              f"Python {platform.python_version()}, torch {torch.__version__}")]
+    for question in (GPU_STATE, "topo -m") if shutil.which("nvidia-smi") else ():
+        lines += re.sub(r"\x1b\[\d*m", "", subprocess.getoutput(f"nvidia-smi {question}")).splitlines()
+    return lines
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Command line.
+def difference(a: list[float], b: list[float]) -> dict[str, float]:
+    """B - A: its mean over the rounds and the 95 % interval."""
+    pairs = [y - x for x, y in zip(a, b, strict=True)]
+    mean, error = statistics.fmean(pairs), statistics.stdev(pairs) / len(pairs)**0.5
+    half = float(stdtrit(len(pairs) - 1, 0.975)) * error
+    return {"mean": mean, "low": mean - half, "high": mean + half}
 
 
-def seconds(text: str) -> float:
-    if not 0 <= number(text) <= 1e6:
-        raise argparse.ArgumentTypeError(f"{text} is not a number of seconds from 0 to a million")
-    return float(text)
+def conclude(runs: dict[str, list[dict]], measures: tuple[str, ...]) -> dict:
+    """Prints the differences and the verdict. Returns the numbers."""
+    every = runs["A"] + runs["B"]
+    measure = next(name for name in measures if all(name in run["times"] for run in every))
+    times, losses, curves = ([[part(run) for run in side] for side in runs.values()] for part in (
+        lambda run: run["times"][measure], lambda run: run["loss"], lambda run: run["losses"]))
+    found = {"measure": measure, "difference_ms": difference(*times)}
+    mean, low, high = found["difference_ms"].values()
+    percent = found["difference_percent"] = 100 * mean / statistics.fmean(times[0])
+    print(f"B - A in {measure}: {mean:+.3f}, 95 % interval {low:+.3f} to {high:+.3f}; {percent:+.2f} % of A")
+    verdict = f"{'B' if mean < 0 else 'A'} is faster by {abs(mean):.3f} ms, {abs(percent):.2f} %"
+    verdict = "times differ inside the noise" if low <= 0 <= high else verdict
+    if not all(math.isfinite(run["loss"]) for run in every):
+        verdict += "; not every run has a finite loss" if any(run["steps"] for run in every) else ""
+    elif curves[0] == curves[1]:
+        verdict += "; all losses are equal"
+    else:
+        found["difference_loss"] = difference(*losses)
+        mean, low, high = found["difference_loss"].values()
+        print(f"B - A in last loss: {mean:+.4f}, 95 % interval {low:+.4f} to {high:+.4f}")
+        verdict += ("; losses differ inside the noise" if low <= 0 <= high else
+                    f"; {'B' if mean > 0 else 'A'} has the higher loss, by {abs(mean):.4f}")
+    print(f"verdict: {verdict}")
+    return {**found, "verdict": verdict}
 
 
-def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = Parser(prog="python records/bench.py", description=__doc__, allow_abbrev=False,
+def options_of(arguments: list[str] | None) -> argparse.Namespace:
+    gpus = torch.cuda.device_count()
+    usual = (f"torchrun --standalone --nproc_per_node={gpus} train_gpt2.py --steps 200 --val-every 0" if gpus else
+             "python train_gpt2.py --preset tiny --steps 60 --val-every 0")
+    parser = Parser(prog="bench.py", description=__doc__, allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("a", metavar="A", help="commit, . or command")
-    parser.add_argument("b", metavar="B", help="the same")
-    parser.add_argument("--command", metavar="WORDS", help="what a commit runs, in one pair of quotes (default: tiny "
-                        "on a CPU, 200 steps of gpt2 on all GPUs)")
-    parser.add_argument("--rounds", type=count, default=6, metavar="N", help="runs of each, 2 or more (default: 6)")
-    parser.add_argument("--skip", type=int, default=10, metavar="N", help="first steps that do not count (default: 10)")
-    parser.add_argument("--cool", type=seconds, default=0.0, metavar="S", help="seconds of pause before each "
-                        "run but the first (default: 0)")
-    parser.add_argument("--timeout", type=seconds, default=86_400.0, metavar="S", help="most seconds that a run may "
-                        "take (default: a day)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all of it there as well")
+    add = parser.add_argument
+    add("contenders", metavar="A B", nargs="*", type=shlex.split, help="commits, . or commands")
+    add("--peer", nargs=2, metavar=("RECORD", "LOG"), help=f"instead: {' or '.join(PEERS)}, and its log")
+    add("--corpus", type=Path, metavar="DIR", help="shards for --peer")
+    add("--command", type=shlex.split, default=usual, metavar="WORDS", help=f"what a commit runs (default: {usual})")
+    add("--rounds", type=int, metavar="N", help="runs of each, 2 or more (default: 6; with --peer 2)")
+    add("--skip", type=int, metavar="N", help="first steps that are not timed (default: 10; with --peer 28: 0)")
+    add("--cool", type=float, default=0.0, metavar="S", help="seconds of pause between runs (default: 0)")
+    add("--timeout", type=float, default=86_400.0, metavar="S", help="most seconds of a run (default: a day)")
+    add("--json", metavar="FILE", default=os.devnull, help="write all of it there as well")
     options = parser.parse_args(arguments)
-    options.command = options.command or default_command(torch.cuda.device_count())
-    if options.rounds < 2:
-        raise Refusal("--rounds 1 gives no interval, expected 2 or more; for example --rounds 6")
-    if options.skip < 0:
-        raise Refusal(f"--skip {options.skip} is below 0, expected a number of steps; for example --skip 10")
-    if options.json and (options.json.is_dir() or not os.access(options.json.absolute().parent, os.W_OK)):
-        raise Refusal(f"cannot write {options.json}, expected a file in a writable folder; name another with --json")
+    record = PEERS.get(options.peer[0]) if options.peer else None
+    if not (record and options.corpus and not options.contenders or not options.peer and len(options.contenders) == 2):
+        parser.error(f"expected A and B, or --peer with {' or '.join(PEERS)} and its log, and --corpus")
+    options.rounds = (2 if record else 6) if options.rounds is None else options.rounds
+    options.skip = (record[2] if record else 10) if options.skip is None else options.skip
+    if options.rounds < 2 or options.skip < 0 or not options.cool >= 0 or not options.timeout > 0:
+        parser.error("expected --rounds of at least 2, and no --skip, --cool or --timeout below 0")
     return options
 
 
-def measure(sides: list[Side], temporary: Path, options: argparse.Namespace) -> dict[str, list[Measured]]:
-    """All runs, by label. Which side goes first changes with the round."""
-    runs: dict[str, list[Measured]] = {"A": [], "B": []}
-    for turn in range(options.rounds):
-        for one in sides if turn % 2 == 0 else sides[::-1]:
-            if any(runs.values()):
-                time.sleep(options.cool)
-            name = f"{one.label} in round {turn + 1}"
-            found = run_once(one, name, temporary, options)
-            runs[one.label].append(found)
-            shown = next(iter(found.times))
-            print(f"{name}: {found.times[shown]:.3f} {shown}; {found.steps} steps, last loss {found.loss:.4f}, "
-                  f"{found.times[WHOLE] / 1000:.1f} s in all", flush=True)
-    return runs
-
-
-def conclude(runs: dict[str, list[Measured]]) -> dict:
-    """Prints the table and the verdict. Returns the numbers."""
-    every = runs["A"] + runs["B"]
-    measure = next(name for name in MEASURES if all(name in run.times for run in every))
-    a, b = ([run.times[measure] for run in runs[label]] for label in "AB")
-    losses = [[run.loss for run in runs[label]] for label in "AB"]
-    rows = [["round", "first", "A", "B", "B - A", "loss of A", "loss of B"]]
-    for turn, (one, other, *both) in enumerate(zip(a, b, *losses, strict=True)):
-        rows.append([str(turn + 1), "AB"[turn % 2], f"{one:.3f}", f"{other:.3f}", f"{other - one:+.3f}",
-                     *(f"{loss:.4f}" for loss in both)])
-    print(f"\nCompared: {measure}.\n\n{table(rows)}\n")
-    if len({run.steps for run in every}) > 1:
-        texts = (", ".join(map(str, sorted({run.steps for run in runs[label]}))) for label in "AB")
-        print("warning: not the same number of steps: A has {}, B {}".format(*texts))
-    found, share = difference(a, b, paired=True), 100 / statistics.fmean(a)
-    print(f"B - A: {found.mean:+.3f} ms, 95 % interval {found.low:+.3f} to {found.high:+.3f} ms; in % of A "
-          f"{share * found.mean:+.2f}, {share * found.low:+.2f} to {share * found.high:+.2f}")
-    result = {"measure": measure, "difference_ms": found._asdict(), "difference_percent": share * found.mean}
-    verdict = f"{'B' if found.mean < 0 else 'A'} is faster by {abs(found.mean):.3f} ms, {abs(share * found.mean):.2f} %"
-    if found.low <= 0 <= found.high:
-        verdict = "inside the noise"
-    if all(math.isfinite(run.loss) for run in every):
-        loss = difference(*losses, paired=True)
-        result["difference_loss"] = loss._asdict()
-        print(f"last loss, B - A: {loss.mean:+.4f}, 95 % interval {loss.low:+.4f} to {loss.high:+.4f}; what it is "
-              "worth over seeds tells records/report.py compare")
-        if loss.low > 0 or loss.high < 0:
-            verdict += f"; {'B' if loss.mean > 0 else 'A'} has the higher loss, by {abs(loss.mean):.4f}"
-    elif any(run.steps for run in every):
-        verdict += "; not every run has a loss that is finite"
-    print(f"verdict: {verdict}")
-    return {**result, "verdict": verdict}
-
-
 def main(arguments: list[str] | None = None) -> None:
-    options = parse(arguments)
-    distributions()  # which may be missing
-    try:
-        with contextlib.ExitStack() as stack:
-            temporary = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-")))
-            for name in ("python", "python3"):
-                (temporary / name).write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
-                (temporary / name).chmod(0o755)
-            sides = [side(label, word, options.command, temporary, stack)
-                     for label, word in zip("AB", (options.a, options.b), strict=True)]
-            for one in sides:
-                print(f"{one.label}: {one.what}")
-            if any(one.what != shlex.join(one.words) for one in sides):
-                print(f"command: {options.command}")
-            before = machine()
-            print("\n".join(before), flush=True)
-            runs = measure(sides, temporary, options)
-            after = gpu_state()
-            print("".join(f"after: {line}\n" for line in after), end="")
-    except KeyboardInterrupt:
-        print("interrupted; what was checked out is gone again", file=sys.stderr)
-        raise SystemExit(130) from None
-    except BrokenPipeError:
-        raise Refusal("nobody reads what is found any more, as behind `| head`; let it print all") from None
-    result = conclude(runs)
-    if options.json:
-        listed = {label: [{**run._asdict(), "loss": run.loss if math.isfinite(run.loss) else None} for run in some]
-                  for label, some in runs.items()}
-        record = {"A": sides[0].what, "B": sides[1].what, "command": options.command, "skip": options.skip,
-                  "machine": before, "after": after, "runs": listed, **result}
-        try:
-            options.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise Refusal(f"cannot write {options.json}: {error.strerror}; name another file with --json") from None
+    options = options_of(arguments)
+    with tempfile.TemporaryDirectory(prefix="bench-") as name, open(options.json, "w") as file:
+        folder = Path(name)
+        sides = dict(zip("AB", against_peer(*options.peer, options.corpus, folder) if options.peer else [
+            contender(words, options.command, folder / str(i)) for i, words in enumerate(options.contenders)]))
+        before = machine()
+        print(*(f"{label}: {one.what}" for label, one in sides.items()), *before, sep="\n", flush=True)
+        runs: dict[str, list[dict]] = {"A": [], "B": []}
+        for turn in range(2 * options.rounds):
+            label, seed = "ABBA"[turn % 4], turn // 2 + 1
+            time.sleep(options.cool if turn else 0)
+            run = run_once(f"{label} in round {seed}", sides[label], seed, options, folder / "output.txt")
+            runs[label].append(run)
+            times = ", ".join(f"{value:.3f} {measure}" for measure, value in reversed(run["times"].items()))
+            print(f"{label} in round {seed}: {times}; {run['steps']} steps, last loss {run['loss']:.4f}", flush=True)
+        print(*(after := machine()), sep="\n")
+        record = {**{label: one.what for label, one in sides.items()}, "skip": options.skip, "machine": before,
+                  "commands": {label: one.command for label, one in sides.items()}, "after": after,
+                  "runs": runs, **conclude(runs, MEASURES if options.peer else MEASURES[1:])}
+        json.dump(json.loads(json.dumps(record), parse_constant=lambda _: None), file, indent=1)  # NaN: null
 
 
 if __name__ == "__main__":
-    for ending in (signal.SIGTERM, signal.SIGHUP):  # so that what was checked out goes then too
-        signal.signal(ending, lambda sent, _frame: sys.exit(128 + sent))
-    main()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # so that the temporary folder is removed
+        signal.signal(number, lambda sent, _frame: sys.exit(128 + sent))
+    try:
+        main()
+    except OSError as error:
+        raise UserError(str(error)) from None

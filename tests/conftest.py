@@ -1,4 +1,4 @@
-"""Tests import the script from the repository root. Those marked slow or gpu are left out unless asked for with
+"""Tests import the script from the repository root. Those marked slow or gpu run only when asked for, with
 `-m slow` or `-m gpu`."""
 
 import os
@@ -7,17 +7,31 @@ from pathlib import Path
 
 import pytest
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: the models are small, more threads only slow them down
+# Before torch is imported: the models are small, more threads only slow them down.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.pop("HF_HUB_OFFLINE", None)  # tests that download do so from a server of their own
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 
-from tools import write_corpus  # noqa: E402
+import torch
+from tools import write_corpus
 
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
     """A folder of small shards, for the files that need no others."""
     return write_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture
+def fresh_compiler():
+    """Compilers know nothing of earlier tests, and what a test sets them to ends with it."""
+    limits = torch._dynamo.config.recompile_limit, torch._dynamo.config.accumulated_recompile_limit
+    torch._dynamo.reset()
+    yield
+    torch.compiler.set_stance("default")
+    torch._dynamo.config.recompile_limit, torch._dynamo.config.accumulated_recompile_limit = limits
+    torch._dynamo.reset()
 
 
 def pytest_configure(config):

@@ -6,8 +6,8 @@
 #   --corpus    shards *_train_*.bin and *_val_*.bin; without, times are those of made-up tokens and nothing is trained
 #   --out       where logs and the table go (default logs/gpu-DATE)
 #   --only      some of: tests, time-five-minute, time-gpt2, time-gpt2-warm, training, kernels, peers
-#   --peers     files *.args, each with options of records/side_by_side.py, one a line, as seen from that folder
-#   --patience  limits times N: on one H200 they add up to nine minutes (five more for each comparison)
+#   --peers     files *.args, each with options of records/bench.py, one a line, as seen from that folder
+#   --patience  limits times N: on one H200 they add up to nine minutes (ten more for each comparison)
 #   --device    cpu: the same steps in small, to try this script
 #
 # Each step has a limit and a log of its own; what fails hides nothing of the rest. Exit status 1 if a step has failed.
@@ -79,7 +79,7 @@ step() {  # name, limit in seconds, how sed finds its figures in the log, comman
     [[ $state == ok ]] || rows+=("$(printf '%-34s%s' "" "see $log: $(tail -n 1 "$log" | cut -c1-400)")")
 }
 times='s/^(compiled in [0-9.]+ s|ms\/step  .*)(, untimed)?$/\1/p'
-paces='s/^\| ([^| ]+-[0-9]+) *(\|[^|]*){3}\| *([0-9.]+) .*/\1 \3 ms per 1,000 tokens/p'
+verdict='s/^verdict: (.*)/\1/p'
 
 step tests 170 's/^=* ?([0-9].*(passed|failed|error|skipped).*) in .*/\1/p' \
     "$python" -m pytest -v -rs --tb=short -p no:cacheprovider ${parallel[@]+"${parallel[@]}"} "${tests[@]}"
@@ -99,8 +99,8 @@ step kernels 55 's/^(step .*%).*/\1/p' \
     "$python" records/kernels.py "${sizes[@]}" "${data[@]}" --stage last --trace "$out/kernels.json.gz"
 for file in ${peers:+"$peers"/*.args}; do
     mapfile -t arguments <"$file"
-    step "peers-$(basename "$file" .args)" 300 "$paces" env -C "$peers" "$python" "$root/records/side_by_side.py" \
-        "${arguments[@]}" --corpus "$corpus" --work "$scratch/peers" --out "$out/$(basename "$file" .args)"
+    step "peers-$(basename "$file" .args)" 600 "$verdict" env -C "$peers" "$python" "$root/records/bench.py" \
+        "${arguments[@]}" --corpus "$corpus" --json "$out/$(basename "$file" .args).json"
 done
 
 [[ ${#rows[@]} -gt 0 ]] || refuse "--only $only names no step; tests/gpu.sh --help lists them"

@@ -16,7 +16,18 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from tools import RECIPE, ROOT, SMALL, losses, run_folders, run_here, torchrun, weights, write_corpus, write_shard
+from tools import (
+    RECIPE,
+    ROOT,
+    SMALL,
+    losses,
+    run_folders,
+    run_here,
+    torchrun,
+    weights,
+    write_corpus,
+    write_shard,
+)
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds its processes in /proc")
 WORKER = Path(__file__).with_name("hosts_worker.py")

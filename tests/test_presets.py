@@ -10,9 +10,26 @@ import torch
 from test_optimizers import settings_by_parameter
 from tools import ROOT, losses, metrics, random_batch, run_here, small_model, write_corpus
 
-from train_gpt2 import (GPT, Config, Processes, Refusal, attention_masks, last_tied_step, layer_plan,
-                        momentum_schedule, multi_token_weights, optimizer_groups, parse_command_line, rate_schedule,
-                        stage_borders, stage_of, tokens_until, value_at, windows_at, yarn_schedule)
+from train_gpt2 import (
+    GPT,
+    Config,
+    Processes,
+    Refusal,
+    attention_masks,
+    last_tied_step,
+    layer_plan,
+    momentum_schedule,
+    multi_token_weights,
+    optimizer_groups,
+    parse_command_line,
+    rate_schedule,
+    stage_borders,
+    stage_of,
+    tokens_until,
+    value_at,
+    windows_at,
+    yarn_schedule,
+)
 
 sys.path.append(str(ROOT / "records"))
 import timing  # noqa: E402

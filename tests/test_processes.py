@@ -7,10 +7,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_presets import SIBLINGS
+from tools import (
+    RECIPE,
+    ROOT,
+    SMALL,
+    command,
+    losses,
+    metrics,
+    run_folders,
+    runs_by_settings,
+    start,
+    torchrun,
+    weights,
+)
 
 import train_gpt2
-from test_presets import SIBLINGS
-from tools import RECIPE, ROOT, SMALL, command, losses, metrics, run_folders, runs_by_settings, start, torchrun, weights
 
 CPU = torch.device("cpu")
 WORKER = Path(__file__).with_name("worker.py")

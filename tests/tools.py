@@ -1,4 +1,4 @@
-"""What several test files need: shards, small configurations, runs of the script and what they leave behind."""
+"""What several test files need: shards, small configurations and models, runs of the script."""
 
 import json
 import os
@@ -11,21 +11,26 @@ import numpy as np
 import torch
 
 import train_gpt2
+from train_gpt2 import Batch, Config, Processes
 
 ROOT = Path(__file__).resolve().parent.parent
+ALONE = Processes(0, 1, torch.device("cpu"))
 
-# Models that train in tens of milliseconds per step, through the same code as the large ones: the five-minute recipe,
-# and the hundred-second one with all that it has, in eleven layers and through three stages and the extension.
-SMALL = dict(preset="five-minute", layers=3, width=64, heads=2, row_tokens=128, tokens_per_step=1024, window=95,
-             steps=8, val_every=4, val_tokens=2000, val_row_tokens=128, device="cpu", dtype="float32", compile="none")
-RECIPE = dict(preset="gpt2", width=32, heads=2, row_tokens="128,256,384", tokens_per_step="1024,2048,3072", steps=12,
-              extension=0.25, window="64,96,128,160", window_short="16,32,48,64", window_final=200, val_every=6,
-              document_tokens=90, val_tokens=2000, val_row_tokens=512, device="cpu", dtype="float32", compile="none")
+# Command lines of models that train in tens of milliseconds per step, through the same code as the large
+# ones: record 12 in three layers, and record 62 in all its eleven, three stages and the extension.
+SMALL = dict(
+    preset="five-minute", layers=3, width=64, heads=2, row_tokens=128, tokens_per_step=1024, window=95,
+    steps=8, val_every=4, val_tokens=2000, val_row_tokens=128, device="cpu", dtype="float32", compile="none")
+RECIPE = dict(
+    preset="gpt2", width=32, heads=2, row_tokens="128,256,384", tokens_per_step="1024,2048,3072", steps=12,
+    extension=0.25, window="64,96,128,160", window_short="16,32,48,64", window_final=200, val_every=6,
+    document_tokens=90, val_tokens=2000, val_row_tokens=512, device="cpu", dtype="float32", compile="none")
 
 
-def random_documents(count: int, vocabulary: int = 257, separator: int = 256, seed: int = 0, length: int = 60):
-    """(count,) uint16: documents of `length` tokens on average, each opened by the separator; few ids are frequent, and
-    most tokens repeat one of the last few, so that there is something to learn."""
+def random_documents(count: int, vocabulary: int = 257, separator: int = 256, seed: int = 0,
+                     length: int = 60) -> np.ndarray:
+    """(count,) uint16: documents of `length` tokens on average. Few ids are frequent, and most tokens
+    repeat one of the last few, so that there is something to learn."""
     draw = np.random.default_rng(seed)
     tokens = (draw.geometric(0.1, count) - 1) % (vocabulary - 1)
     tokens += tokens >= separator
@@ -38,15 +43,17 @@ def random_documents(count: int, vocabulary: int = 257, separator: int = 256, se
 
 
 def write_shard(path, tokens, vocabulary: int = 0, separator: int = 0, **overrides) -> Path:
-    """A shard file. overrides: what its header claims instead of the truth, as magic, version or count."""
-    claims = {"magic": 20240520, "version": 1, "count": len(tokens), "vocabulary": vocabulary, "separator": separator}
-    header = np.zeros(256, "<i4")
-    header[:5] = list({**claims, **overrides}.values())
-    Path(path).write_bytes(header.tobytes() + np.asarray(tokens).astype("<u2").tobytes())
+    """A shard. overrides: what its header says instead of the truth, as magic, version or count."""
+    header = {"magic": 20240520, "version": 1, "count": len(tokens), "vocabulary": vocabulary,
+              "separator": separator, **overrides}
+    words = np.zeros(256, "<i4")
+    words[:5] = list(header.values())
+    Path(path).write_bytes(words.tobytes() + np.asarray(tokens).astype("<u2").tobytes())
     return Path(path)
 
 
-def write_corpus(folder: Path, train=(9000, 4000, 8000), val=(1500, 1200), vocabulary: int = 257, separator: int = 256):
+def write_corpus(folder: Path, train=(9000, 4000, 8000), val=(1500, 1200), vocabulary: int = 257,
+                 separator: int = 256) -> Path:
     """Shards text_train_*.bin and text_val_*.bin of these many tokens each. Returns the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     for seed, (part, counts) in enumerate((("train", train), ("val", val))):
@@ -57,15 +64,15 @@ def write_corpus(folder: Path, train=(9000, 4000, 8000), val=(1500, 1200), vocab
 
 
 def command(folder: Path, base: dict = SMALL, **changes) -> list[str]:
-    """Command line for SMALL or RECIPE with changes, on the shards of `folder`; the runs go to folder / logs."""
+    """The command line of SMALL or RECIPE with changes, on the shards of `folder`; runs go to its logs."""
     settings = {"train_files": folder / "text_train_*.bin", "val_files": folder / "text_val_*.bin",
                 "out": folder / "logs", **base, **changes}
-    return [f"--{name.replace('_', '-')}={str(value).lower() if isinstance(value, bool) else value}"
+    return [f"{train_gpt2.flag(name)}={str(value).lower() if isinstance(value, bool) else value}"
             for name, value in settings.items()]
 
 
-def configuration(folder: Path, **changes) -> train_gpt2.Config:
-    return train_gpt2.parse_command_line(command(folder, **changes))
+def configuration(folder: Path, base: dict = SMALL, **changes) -> Config:
+    return train_gpt2.parse_command_line(command(folder, base, **changes))
 
 
 def run_folders(out: Path) -> set[Path]:
@@ -73,18 +80,21 @@ def run_folders(out: Path) -> set[Path]:
     return set(out.iterdir()) if out.is_dir() else set()
 
 
-def run_here(folder: Path, **changes) -> Path:
-    """Train in this process. Returns the run folder."""
-    arguments = command(folder, **changes)
+def run_here(folder: Path, base: dict = SMALL, **changes) -> Path:
+    """Train in this process. Returns the run's folder: the one whose log has grown."""
     out = Path(changes.get("out", folder / "logs"))
-    before = run_folders(out)
-    train_gpt2.main(arguments)
-    new, = run_folders(out) - before
-    return new
+
+    def sizes() -> set[tuple]:
+        return {(run, (run / "log.txt").stat().st_size) for run in run_folders(out)}
+
+    before = sizes()
+    train_gpt2.main(command(folder, base, **changes))
+    (run, _), = sizes() - before
+    return run
 
 
 def runs_by_settings(folder: Path, out: Path):
-    """A function: the run of one process with these settings, made when it is first asked for and kept."""
+    """A function: the run of one process with these settings, made when it is first asked for."""
     runs = {}
 
     def run(settings: dict) -> Path:
@@ -96,11 +106,18 @@ def runs_by_settings(folder: Path, out: Path):
 
 
 def metrics(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    """The records that count: one of step s takes back those of later steps before it, and its like."""
+    counted = []
+    for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+        new = json.loads(line)
+        counted = [old for old in counted if old["step"] < new["step"]
+                   or old["step"] == new["step"] and old.keys() != new.keys()]
+        counted.append(new)
+    return counted
 
 
 def losses(run: Path, kind: str = "train_loss") -> list[float]:
-    """The losses of one kind in the order they were written."""
+    """The losses of one kind, in order."""
     return [record[kind] for record in metrics(run) if kind in record]
 
 
@@ -109,31 +126,29 @@ def weights(run: Path) -> dict:
 
 
 def start(arguments: list, **options) -> subprocess.CompletedProcess:
-    """Run python with these arguments on one thread; after `timeout` seconds it and all it started are killed."""
+    """Run python with these arguments on one thread. After `timeout` seconds it and its children end."""
     timeout = options.pop("timeout", 120)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **options.pop("env", {})}
-    process = subprocess.Popen([sys.executable, *map(str, arguments)], env=environment, text=True,
-                               start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+    process = subprocess.Popen(
+        [sys.executable, *map(str, arguments)], env=environment, text=True, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
     try:
         stdout, stderr = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         stdout, stderr = process.communicate()
-        raise AssertionError(f"still running after {timeout} s; it wrote:\n{stdout}\n{stderr}") from None
+        raise AssertionError(f"still running after {timeout} s:\n{stdout}\n{stderr}") from None
     return subprocess.CompletedProcess(arguments, process.returncode, stdout, stderr)
 
 
 def torchrun(processes: int, script: Path, *arguments, **options) -> subprocess.CompletedProcess:
     """Run a script in several processes on this machine, as `torchrun --standalone` does."""
-    return start(["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", script, *arguments],
-                 **options)
-
-
-# What the tests of mask, model and optimizers share: layouts of documents, the mask by its definition, small models.
+    return start(["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", script,
+                  *arguments], **options)
 
 
 def random_starts(rows: int, tokens: int, draw: np.random.Generator) -> torch.Tensor:
-    """(rows, tokens) bool, where documents start: none, a few, many or all; sometimes on block borders as well."""
+    """(rows, tokens) bool, where documents start: none, few, many or all; some on borders of blocks."""
     starts = draw.random((rows, tokens)) < draw.choice([0, 0.003, 0.01, 0.05, 0.3, 1], (rows, 1))
     if draw.random() < 0.4:
         starts[:, ::128] |= draw.random(starts[:, ::128].shape) < 0.5
@@ -141,40 +156,40 @@ def random_starts(rows: int, tokens: int, draw: np.random.Generator) -> torch.Te
 
 
 def dense_mask(starts: torch.Tensor, window: int) -> torch.Tensor:
-    """(R, T) -> (R, T, T) bool, [row, query, key], word for word: not later, same document, at most window away."""
+    """(R, T) -> (R, T, T) bool, [row, query, key]: not later, same document, at most `window` before."""
     position, document = torch.arange(starts.shape[1]), starts.long().cumsum(1)
     query, key = position[:, None], position[None, :]
     return (key <= query) & (document[:, :, None] == document[:, None, :]) & (query - key <= window)
 
 
-SMALL_FIVE_MINUTE = dict(layers=4, heads=2, width=16, row_tokens=(64,), val_row_tokens=64, window=(23,), loss_chunk=50)
-SMALL_GPT2 = dict(heads=4, width=32, row_tokens=(64, 128), val_row_tokens=128, window=(24, 40, 60, 90),
-                  window_short=(8, 16, 24, 32), window_final=120, loss_chunk=50)
-SMALL_MODELS = {
-    "five-minute": SMALL_FIVE_MINUTE, "gpt2": SMALL_GPT2,
-    "gpt2-medium": SMALL_GPT2 | dict(window=(24, 40, 60, 90, 100, 110), window_short=(8, 16, 24, 32, 40, 48)),
-    "gpt2-xl": dict(layers=5, heads=2, width=16, row_tokens=(64,), val_row_tokens=64, window=(63,), loss_chunk=50,
-                    tied_init=48**-0.5)}
+# Sizes of small models. Their rows and windows are shorter than a command line allows.
+SIZES = {
+    "five-minute": dict(layers=4, heads=2, width=16, row_tokens=(64,), val_row_tokens=64, window=(23,)),
+    "gpt2": dict(heads=4, width=32, row_tokens=(64, 128), val_row_tokens=128, window=(24, 40, 60, 90),
+                 window_short=(8, 16, 24, 32), window_final=120)}
 
 
-def small_model(vocabulary: int = 50, dtype: torch.dtype = torch.float64, spread: float = 0.0,
-                preset: str = "five-minute", **changes):
-    """A GPT with short rows. spread > 0: every parameter is drawn anew with about this spread around its first value,
-    so that none is zero and the output of no part vanishes."""
-    config = train_gpt2.Config(**{**train_gpt2.PRESETS[preset], "preset": preset,
-                                  **SMALL_MODELS.get(preset, SMALL_GPT2), **changes})
-    model = train_gpt2.GPT(config, vocabulary, dtype)
-    draw = torch.Generator().manual_seed(1)
-    for parameter in model.parameters() if spread else ():
-        parameter.data += spread * torch.randn(parameter.shape, generator=draw, dtype=torch.float64).to(parameter.dtype)
+def small_config(preset: str = "five-minute", **changes) -> Config:
+    values = train_gpt2.preset_values(preset) | SIZES.get(preset, SIZES["gpt2"])
+    return Config(**values | dict(dtype="float64", loss_chunk=50, tokens_per_step=values["row_tokens"]) | changes)
+
+
+def small_model(vocabulary: int = 50, dtype: str = "float64", spread: float = 0.0, preset: str = "five-minute",
+                float8: bool = False, compiled: bool = False, **changes) -> train_gpt2.GPT:
+    """A GPT of small_config. spread > 0: every parameter is drawn anew with about this spread around its
+    first value, so that none is zero and the output of no part vanishes."""
+    config = small_config(preset, dtype=dtype, **changes)
+    model, draw = train_gpt2.GPT(config, vocabulary, float8, compiled), torch.Generator().manual_seed(1)
+    for p in model.parameters() if spread else ():
+        p.data += (spread * torch.randn(p.shape, generator=draw, dtype=torch.float64)).to(p.dtype)
     return model
 
 
-def random_batch(rows: int, tokens: int, vocabulary: int = 50, seed: int = 0) -> train_gpt2.Batch:
+def random_batch(rows: int, tokens: int, vocabulary: int = 50, seed: int = 0) -> Batch:
     """Random tokens and documents; a tenth of the targets is missing."""
     draw = np.random.default_rng(seed)
     text = draw.integers(0, vocabulary, (rows, tokens + 1))
     targets = np.where(draw.random((rows, tokens)) < 0.1, -1, text[:, 1:])
     starts = draw.random((rows, tokens)) < 0.05
-    return train_gpt2.Batch(torch.from_numpy(text[:, :-1].astype(np.int32)), torch.from_numpy(targets),
-                            torch.from_numpy(starts))
+    return Batch(torch.from_numpy(text[:, :-1].astype(np.int32)), torch.from_numpy(targets),
+                 torch.from_numpy(starts))
