@@ -1778,6 +1778,7 @@ def start_processes(config):
             raise ValueError("RANK is not below WORLD_SIZE")
         has_gpu = torch.cuda.is_available() or os.path.exists("/dev/nvidia0")
         if config.device == "cuda" or config.device == "auto" and has_gpu:
+            torch.cuda.init()
             device = torch.device("cuda", local)
             torch.cuda.set_device(device)
         if world > 1:
@@ -1867,6 +1868,8 @@ class RunLog(contextlib.AbstractContextManager):
 
     def way_on(self):
         """The end of a line that says why a run ended."""
+        if self.folder is None:
+            return ""
         if self.checkpoint is None:
             return "; there is no checkpoint (--save-every N makes them)"
         return f"; go on with --resume {shlex.quote(str(self.checkpoint))}"
@@ -2191,12 +2194,13 @@ class Reports:
             step, positions, reports, event = self.unread.popleft()
             if event is not None:
                 event.synchronize()
-            sound = reports[:, :2].isfinite().all(1).tolist()
-            if not all(sound):
-                rank = sound.index(False)
-                shard, inside = self.stream.place(self.processes.all_gather(positions)[rank][0])
+            bad = [rank for column in (0, 1) for rank, number in enumerate(reports[:, column].tolist())
+                   if not math.isfinite(number)]
+            if bad:
+                place = self.stream.place(self.processes.all_gather(positions)[bad[0]][0])
                 raise UserError(f"the loss of step {step + 1}, or a weight after it, is not finite in process "
-                                f"{rank}, whose rows begin in {shard.path} at token {inside}{self.log.way_on()}")
+                                f"{bad[0]}, whose rows begin in {place[0].path} at token {place[1]}"
+                                f"{self.log.way_on()}")
             self.log.record(step + 1, self.clock.now(), train_loss=float(reports[:, 0].sum()))
             self.signal = self.signal or int(reports[:, 2].max())
 

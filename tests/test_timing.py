@@ -92,7 +92,7 @@ def test_compiled_activations_are_predicted_within_a_twentieth(preset, recompute
         query, key, value, mask, scale=1.0))
     monkeypatch.setattr(torch, "compile", lambda function, **options: compile_with(
         function, backend="aot_eager_decomp_partition", **options))
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1000)
+    torch._dynamo.config.recompile_limit = 1000
     config = small_config(preset, dtype="float32", recompute=recompute, **EIGHTS, width=64, heads=2)
     model = GPT(config, 128, compiled=True)
     own, kept = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
@@ -227,6 +227,7 @@ def test_the_whole_tool_and_the_run_is_the_sum_of_its_stages(corpus, tmp_path, c
     assert f"{figures['run seconds']:,.1f} s" in text
 
 
+@pytest.mark.slow
 def test_made_up_rows_where_no_shard_is_and_one_stage_alone(tmp_path, capsys):
     small = [f"--{name.replace('_', '-')}={value}" for name, value in RECIPE.items()]
     figures = timing.main([*small, "--bigram=0", f"--train-files={tmp_path}/none*.bin", "--timed-steps=2", "--stages=2"])
