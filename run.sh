@@ -56,7 +56,10 @@ doctor)
     shift
     command=doctor
     ;;
--h | --help) exec python train_gpt2.py "$@" ;;
+-h | --help)
+    sed -n '2,/^set/s/^# \{0,1\}//p' run.sh
+    exec python train_gpt2.py --help
+    ;;
 "" | --*) ;;
 *)
     echo "run.sh: unknown command $1; expected test, check, doctor, or options of train_gpt2.py (./run.sh --help)" >&2
@@ -85,7 +88,6 @@ fi
 
 [[ "$command" == train ]] || exec python records/doctor.py "$@"
 
-export STARTED_BY=$0  # for the script to say how to go on
 resumes=false  # a run whose settings and files its checkpoint knows
 [[ ! " $* " =~ \ --resume[\ =][^\ ]*[/.] ]] || resumes=true
 small=true  # whether it is tiny that trains, and on which text
@@ -98,14 +100,15 @@ if [[ "$gpus" -gt 0 ]]; then
     [[ " $* " == *" --preset"* ]] || small=false
     if [[ "$small" == false && "$resumes" == false && " $* " != *" --train"[-_]"files"* ]]; then
         shards=10
-        [[ ! " $* " =~ \ --preset[\ =]gpt2-medium\  ]] || shards=31
-        [[ ! " $* " =~ \ --preset[\ =]gpt2-xl\  ]] || shards=100
+        [[ ! " $* " =~ \ --preset[\ =]gpt2-medium\  ]] || shards=20
+        [[ ! " $* " =~ \ --preset[\ =]gpt2-xl\  ]] || shards=80
         say "fetching FineWeb where it is missing (validation and $shards training shards of 200 MB)"
         python data/fineweb.py "$shards"
     fi
     if [[ "$small" == false ]]; then
-        say "training on $gpus GPU(s)"
-        exec python -m torch.distributed.run --standalone --nproc_per_node="$gpus" train_gpt2.py "$@"
+        fit=$(python records/timing.py --fit "$@")  # settings that make it fit into these GPUs
+        say "training on $gpus GPU(s) ${fit:+with $fit}"
+        exec python -m torch.distributed.run --standalone --nproc_per_node="$gpus" train_gpt2.py "$@" $fit
     fi
     say "training the tiny model on one GPU"
 elif [[ "$small" == true ]]; then
@@ -121,7 +124,9 @@ log=$(mktemp)
 trap 'rm -f "$log"' EXIT
 [[ " $* " == *" --preset"* || "$resumes" == true ]] || set -- --preset tiny "$@"
 python train_gpt2.py "$@" | tee -i "$log"  # which goes on after Ctrl-C, as the script does
-model=$(sed -n 's/.*all of it in \([^;]*\).*/\1/p' "$log" | tail -1)/model.pt
+run=$(sed -n 's/.*all of it in \([^;]*\).*/\1/p; s/.*is finished: \(.*\)\/model.pt.*/\1/p' "$log" | tail -1)
+prompt="def "  # the start of Python, which is what it learned unless other text was given
+[[ " $* " != *" --train"[-_]"files"* && "$resumes" == false ]] || prompt=""
 say "a sample of what it learned"
-python evals/sample.py "$model" --prompt "def " --tokens 300
-say "more: python evals/sample.py $model --prompt 'class '"
+python evals/sample.py "$run" --prompt "$prompt" --tokens 300
+say "more: python evals/sample.py $run --prompt TEXT"

@@ -1950,11 +1950,13 @@ def check_disk(config, groups, processes):
 
 def save_somewhere(log, saved):
     """The model of a finished run: where its folder has no room, in another place."""
-    for path in (log.folder / "model.pt", Path(f"{log.folder.name}.pt"), Path(tempfile.gettempdir(), f"{log.folder.name}.pt")):
+    for folder in (log.folder, Path.cwd(), Path(tempfile.gettempdir())):
+        path = folder / ("model.pt" if folder == log.folder else f"{log.folder.name}.pt")
         try:
-            return save(path, saved)
+            save(path, saved)
+            return log.line(f"the model is {path}")
         except (OSError, RuntimeError) as error:
-            log.line(f"cannot write {path}: {error!s:.160}; trying elsewhere")
+            log.line(f"cannot write {path}: {one_line(error)}")
     raise UserError(f"the model could not be written anywhere{log.way_on()}")
 
 
@@ -2025,7 +2027,7 @@ def config_of(saved):
                         f"{name!s:.80}; its log.txt begins with that version")
     try:
         return check_config(Config(**{name: typed(options[name], given[name]) for name in options}))
-    except (argparse.ArgumentTypeError, AttributeError, TypeError) as error:
+    except (argparse.ArgumentTypeError, UserError) as error:
         raise UserError(f"{saved['path']} has impossible settings: {error!s:.160}") from None
 
 
@@ -2100,13 +2102,13 @@ def check_shapes(saved, config):
 
 def restore(saved, model, groups):
     """Weights and optimizer state, whichever number of processes wrote them. Raises UserError."""
-    model.load_state_dict(saved["weights"])
     try:
+        model.load_state_dict(saved["weights"])
         for group in groups.values():
             for number, buffer in enumerate(group.state):
                 group.load(buffer, saved["state"][f"{group.name}.{number}"])
-    except (KeyError, ValueError, AttributeError) as error:
-        raise UserError(f"cannot use {saved['path']}: its optimizer state does not fit: {error}") from None
+    except (KeyError, ValueError, AttributeError, RuntimeError) as error:
+        raise UserError(f"cannot use {saved['path']}: its tensors do not fit: {error!s:.160}") from None
     return Progress(*(saved[name] for name in Progress._fields))
 
 
@@ -2211,6 +2213,8 @@ class Reports:
 
 def one_line(error):
     """What a run ended of; None for a defect of the code, which keeps its traceback."""
+    if isinstance(error.__context__, OSError) and type(error) is RuntimeError:
+        error = error.__context__  # torch.save makes the latter of a full disk
     text = " ".join(str(error).split())
     if isinstance(error, UserError):
         return text
@@ -2219,7 +2223,7 @@ def one_line(error):
     if isinstance(error, torch.OutOfMemoryError) or "CUDA error: out of memory" in text:
         return ("the GPU has too little memory; the same training needs less with --micro-tokens 16384, "
                 "less again with --recompute true --loss-chunk 2048")
-    if isinstance(error, OSError) or re.search("PytorchStreamWriter|file write", text):
+    if isinstance(error, OSError):
         return f"cannot read or write: {text:.300}; make room, mend permissions, or give another --out"
     if isinstance(error, MemoryError) or re.search("DefaultCPUAllocator|Storage size calculation", text):
         return f"the machine has too little memory: {text:.160}; take a smaller --width or --layers"

@@ -22,6 +22,7 @@ import torch
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parent / "data")]
 from text import BYTES, write_shard  # noqa: E402
+
 from train_gpt2 import Config, Processes, preset_values, train  # noqa: E402
 
 STORED, BAND = HERE / "check.json", 0.005  # nats; another order of additions moves a loss by about 0.0001

@@ -39,8 +39,20 @@ from tqdm import tqdm
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 import train_gpt2  # noqa: E402
-from train_gpt2 import (PRESETS, Config, Refusal, check_config, compute_dtype, nearest, open_data,  # noqa: E402
-                        start_processes, tokens_until, train)
+from train_gpt2 import (  # noqa: E402
+    HAD_BY_12,
+    TECHNIQUES,
+    Config,
+    Processes,
+    UserError,
+    check_config,
+    for_device,
+    open_data,
+    preset_values,
+    start_processes,
+    tokens_until,
+    train,
+)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Rungs. In: the two presets, at a size. Out: the configurations between them.
@@ -52,52 +64,26 @@ class Rung(NamedTuple):
 
     name: str
     what: str
-    records: tuple[int, ...]
+    records: str
     fields: tuple[str, ...]
 
 
-# In the order of history, by the first record that had it. Fields that make no sense alone move together. Where several
-# records tuned one field, its rung takes the last value at once.
-START = Rung("five-minute", "record 12", (12,), ())
-RUNGS = (
-    Rung("windows", "attention window grows by stage", (13, 29), ("window",)),
-    Rung("schedules", "longer cooldown to a floor, constant tail, momentum falls at the end", (13, 19, 35, 39, 62),
-         ("cooldown", "rate_floor", "extension", "momentum_warmup", "momentum_cooldown")),
-    Rung("value-embeddings", "token tables added to values, instead of layer 0's values", (14, 15, 17),
-         ("value_layers", "value_residual")),
-    Rung("layers", "a layer less, and one without attention", (17, 30, 35, 49), ("layers", "attention_free")),
-    Rung("half-rotary", "half of the channels carry no position", (17,), ("rotary_base", "rotary_share")),
-    Rung("softcap", "tighter soft cap of the logits, shifted", (18, 54), ("softcap",)),
-    Rung("first-weights", "spread of the first weights", (19, 53), ("attention_init", "mlp_init")),
-    Rung("float8-head", "products of the head in float8", (19, 51, 55), ("head_dtype",)),
-    Rung("short-windows", "half the window in most layers", (20,), ("short_layers",)),
-    Rung("epsilons", "smaller ones in Adam and in the norms", (20, 21, 57), ("adam_epsilon", "rms_epsilon")),
-    Rung("validation-rows", "longer context in validation", (21, 39), ("val_row_tokens", "val_every")),
-    Rung("documents", "rows of whole documents, long ones cut", (26, 29), ("long_documents", "document_tokens")),
-    Rung("attention-gates", "heads can close themselves", (28,), ("attention_gates",)),
-    Rung("yarn", "wavelengths and softmax follow the window", (31, 33), ("yarn", "attention_scale", "window_final")),
-    Rung("smear", "embedding takes up the token before", (34,), ("smear",)),
-    Rung("polar-express", "better orthogonal updates", (38,), ("orthogonaliser",)),
-    Rung("adam-every-other", "Adam updates in every second step", (39,), ("adam_every",)),
-    Rung("backout", "a middle layer is in part subtracted", (40,), ("backout",)),
-    Rung("normuon", "rows of updates equalised, lower rate", (41, 42, 46, 48),
-         ("normuon_beta2", "muon_lr", "down_scale")),
-    Rung("muon-decay", "cautious weight decay in Muon", (43,), ("muon_decay",)),
-    Rung("single-skip", "one gated skip instead of a U-net's", (45, 55), ("gated_skip", "unet_skips", "residual_init")),
-    Rung("batch-stages", "batch and rates grow by stage", (46, 53),
-         ("tokens_per_step", "row_tokens", "rate_levels", "steps")),
-    Rung("attention-mix", "learned scalars on attention's matrices", (47, 48), ("attention_mix",)),
-    Rung("key-offset", "still key channels from the token before", (49, 62), ("key_offset",)),
-    Rung("tied-head", "embedding tied to the head for two thirds", (50, 51, 53, 55, 57),
-         ("tied_until", "adam_embedding", "adam_head")),
-    Rung("smooth-scalars", "Adam's settings for mixing weights", (52, 57), ("adam_x0", "adam_scalars")),
-    Rung("more-tokens", "predicts up to three tokens ahead", (53,), ("predicted_tokens",)),
-    Rung("value-gates", "heads weigh their value embeddings", (55,), ("value_gates",)),
-    Rung("split-precision", "bfloat16 matrices with 16 low bits aside", (57,), ("split_precision",)),
-    Rung("paired-heads", "heads attend in pairs over 2 T positions", (58,), ("paired_layers",)),
-    Rung("bigrams", "hashed table of token pairs", (62,), ("bigram",)),
-)
-NOTHING = Rung("nothing", "the full recipe", (), ())  # what is left out in the first line of that table
+# In the order of history, as TECHNIQUES has them, without those of record 12 itself. Fields that make no sense alone
+# move with their technique; some rungs are values only. Where several records tuned one field, its rung takes the last
+# value at once.
+MOVES_WITH = {"value-embeddings": ("value_residual",), "attention-free": ("layers",), "normuon": ("muon_lr", "down_scale"),
+              "gated-skip": ("unet_skips", "residual_init"), "tied-head": ("adam_embedding", "adam_head"),
+              "rate-levels": ("tokens_per_step", "row_tokens", "steps")}
+VALUES = {  # by the technique that they come before
+    "documents": [Rung("epsilons", "smaller ones in Adam and in the norms", "20 21 57", ("adam_epsilon", "rms_epsilon")),
+                  Rung("validation-rows", "longer context in validation", "21 39", ("val_row_tokens", "val_every"))],
+    "multi-token": [Rung("smooth-scalars", "Adam's settings for scalars", "52 57", ("adam_x0", "adam_scalars"))]}
+START, RUNGS = Rung("five-minute", "record 12", "12", ()), []
+for name, technique in TECHNIQUES.items():
+    RUNGS += VALUES.get(name, [])
+    if name not in HAD_BY_12 or name == "softcap":
+        RUNGS.append(Rung(name, technique.reason, technique.records, (*technique.neutral, *MOVES_WITH.get(name, ()))))
+NOTHING = Rung("nothing", "the full recipe", "", ())  # what is left out in the first line of that table
 
 # The recipes made small: (five-minute, gpt2) where they differ, one value where they do not. Learning rates stay. Rows
 # and batches keep the ratios 4 to 1, 2, 3, windows are an eighth. Six layers stand for eleven, {0,1} {2,3} {4,5} {6}
@@ -110,7 +96,7 @@ TINY = {
     "val_tokens": 32_768, "val_row_tokens": (512, 2048), "layers": 6, "heads": 2, "width": 128,
     "window": ((127,), (48, 112, 176, 208)), "window_short": (16, 48, 80, 96), "window_final": (0, 320),
     "short_layers": ((), (0, 2, 4)), "paired_layers": ((), (0, 2, 4)), "attention_free": ((), (3,)),
-    "attention_scale": (0.0, 0.1 * 2**0.5), "value_layers": ((), (0, 4, 5)), "value_tables": 2,
+    "attention_scale": (0.0, 0.1 * 2**0.5), "value_layers": ((), (0, 4, 5)),
     "gated_skip": ((), (1, 3)), "backout": ((), (4,)), "bigram": (0, 16),
 }
 SIZES = {"tiny": TINY, "124M": {}}
@@ -123,7 +109,7 @@ def both_ends(size: str = "124M", **common) -> tuple[Config, Config]:
     for end, preset in enumerate(("five-minute", "gpt2")):
         sizes = {name: value[end] if name in moved and isinstance(value, tuple) else value
                  for name, value in SIZES[size].items()}
-        ends.append(Config(**{**PRESETS[preset], **sizes, **common}))
+        ends.append(Config(**preset_values(preset) | {"preset": "gpt2"} | sizes | common))
     return tuple(ends)
 
 
@@ -151,7 +137,7 @@ def with_budget(config: Config, tokens: int) -> Config:
 
 
 def equal_budgets(configs: list[Config], end: Config, steps: int) -> list[Config]:
-    """Every configuration with the tokens that `end` sees in `steps`. Raises Refusal where steps are too coarse."""
+    """Every configuration with the tokens that `end` sees in `steps`. Raises UserError where steps are too coarse."""
     def fitted(steps: int) -> tuple[list[Config], float]:
         budget = tokens_until(steps, replace(end, steps=steps))
         found = [with_budget(config, budget) for config in configs]
@@ -160,7 +146,7 @@ def equal_budgets(configs: list[Config], end: Config, steps: int) -> list[Config
     found, off = fitted(steps)
     if off > 0.01:
         enough = next(more for more in range(steps + 1, 10**6) if fitted(more)[1] <= 0.01)
-        raise Refusal(f"--steps {steps} cannot give all rungs the same tokens within 1 %, the farthest is "
+        raise UserError(f"--steps {steps} cannot give all rungs the same tokens within 1 %, the farthest is "
                       f"{100 * off:.1f} % off; the nearest is --steps {enough}")
     return found
 
@@ -246,7 +232,7 @@ def append(path: Path, record: dict) -> None:
 
 def collect(runs: list[Run], streams: tuple[int, int], jobs: int, threads: int, machine: str,
             folder: Path) -> dict[tuple[str, int], dict]:
-    """The result of each run by (name, seed), stored or computed now. Raises Refusal when runs keep failing."""
+    """The result of each run by (name, seed), stored or computed now. Raises UserError when runs keep failing."""
     path = folder / "runs.jsonl"
     stored, keys = stored_results(path), {run: run.key(streams) for run in runs}
     missing = {}  # by key: without the last rung is the rung before it
@@ -265,7 +251,7 @@ def collect(runs: list[Run], streams: tuple[int, int], jobs: int, threads: int, 
             failed += 1
             print(f"{label}: failed: {lines[-1]} (all of it in {output})", flush=True)
             if failed == 3:
-                raise Refusal("three runs have failed; those finished are kept; mend the cause, then give the same "
+                raise UserError("three runs have failed; those finished are kept; mend the cause, then give the same "
                               "command again")
             continue
         stored[keys[run]] = {"key": keys[run], "name": run.name, "seed": run.config.seed, "steps": run.config.steps,
@@ -350,7 +336,7 @@ def mean_and_spread(values: dict[int, float], digits: int) -> str:
 
 
 def numbers(rung: Rung) -> str:
-    return " ".join(f"#{record}" for record in rung.records)
+    return " ".join(f"#{record}" for record in rung.records.split())
 
 
 def table(rows: list[Row], head: str, compared: str, explained: bool = True) -> str:
@@ -454,7 +440,7 @@ def processor() -> str:
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str):
-        raise Refusal(f"{message}; python records/ladder.py --help lists all options")
+        raise UserError(f"{message}; python records/ladder.py --help lists all options")
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -485,16 +471,14 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     for flag, value, choices in (("--size", options.size, list(SIZES)),
                                  ("--device", options.device, ["auto", "cpu", "cuda"])):
         if value not in choices:
-            raise Refusal(f"{flag} {value} is not one of {', '.join(choices)}; the nearest is {flag} "
-                          f"{nearest(value, choices)}")
+            raise UserError(f"{flag} {value} is not one of {', '.join(choices)}")
     known = [rung.name for rung in (START, *RUNGS)]
     options.chosen = [] if options.rungs == "none" else (options.rungs or ",".join(known)).split(",")
     for name in options.chosen:
         if name not in known:
-            raise Refusal(f"--rungs {name} is no rung; the nearest is {nearest(name, known)} "
-                          "(python records/ladder.py --help lists all)")
+            raise UserError(f"--rungs {name} is no rung (python records/ladder.py --help lists all)")
     if not options.chosen and not options.leave_one_out:
-        raise Refusal("--rungs none leaves nothing to run; give --leave-one-out as well")
+        raise UserError("--rungs none leaves nothing to run; give --leave-one-out as well")
     options.steps = options.steps or (160 if options.size == "tiny" else Config.steps)
     options.out = options.out or Path("logs") / f"ladder-{options.size}"
     return options
@@ -504,7 +488,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     on_gpu = options.device == "cuda" or (options.device == "auto" and torch.cuda.is_available())
     device = torch.device("cuda" if on_gpu else "cpu")
-    defaults = Config(**PRESETS["tiny" if options.size == "tiny" else "gpt2"])
+    defaults = Config(**preset_values("tiny" if options.size == "tiny" else "gpt2"))
     start, end = both_ends(options.size, device=device.type, out=str(options.out / "runs"), val_every=0,
                            train_files=options.train_files or defaults.train_files,
                            val_files=options.val_files or defaults.val_files,
@@ -522,28 +506,28 @@ def main(arguments: list[str] | None = None) -> None:
                 left_out.append((rung, f"without {rung.name}"))
                 configs[left_out[-1][1]] = without(rung, start, end)
     if not configs:
-        raise Refusal(f"no rung is left: {', '.join(options.chosen)} change nothing at --size {options.size} on this "
+        raise UserError(f"no rung is left: {', '.join(options.chosen)} change nothing at --size {options.size} on this "
                       "machine; give others")
     configs = dict(zip(configs, equal_budgets(list(configs.values()), end, options.steps), strict=True))
     for name, config in configs.items():
         try:
             check_config(config)
-        except Refusal as refusal:
-            raise Refusal(f"{name}: {refusal}") from None
+        except UserError as refusal:
+            raise UserError(f"{name}: {refusal}") from None
     streams = open_data(replace(end, steps=options.steps))[:2]
     # Seed by seed, so that slow drifts of the machine meet all rungs alike and a broken-off command has whole ladders.
     runs = [Run(name, replace(config, seed=seed)) for seed in range(options.seeds) for name, config in configs.items()]
     threads = max(1, min(torch.get_num_threads(), (os.cpu_count() or 1) // options.jobs))
     machine = torch.cuda.get_device_name() if on_gpu else f"{processor()}, {threads} thread{'s' * (threads > 1)} a run"
-    machine += f", {options.jobs} at once, torch {torch.__version__}, {str(compute_dtype(end, device))[6:]}"
+    machine += f", {options.jobs} at once, torch {torch.__version__}, {for_device(end, Processes(0, 1, device))[0].dtype}"
     try:
         options.out.mkdir(parents=True, exist_ok=True)
         results = collect(runs, tuple(s.tokens for s in streams), options.jobs, threads, machine, options.out)
     except BrokenPipeError:
-        raise Refusal(f"nobody reads the progress any more, as behind `| head`; finished runs are in {options.out}/"
+        raise UserError(f"nobody reads the progress any more, as behind `| head`; finished runs are in {options.out}/"
                       "runs.jsonl, the same command goes on from there") from None
     except OSError as error:
-        raise Refusal(f"cannot write to {options.out}: {error.strerror}; name a writable folder with --out") from None
+        raise UserError(f"cannot write to {options.out}: {error.strerror}; name a writable folder with --out") from None
     except KeyboardInterrupt:
         print(f"\ninterrupted: finished runs are in {options.out}/runs.jsonl; the same command goes on from there",
               file=sys.stderr)
@@ -559,7 +543,7 @@ def main(arguments: list[str] | None = None) -> None:
     draw(options.out / "ladder.png", climbed, left_rows, text.split(". Loss")[0])
     print(f"\n{text}\nwrote {options.out}/ladder.md and ladder.png")
     if len(results) < len(runs):
-        raise Refusal(f"{len(runs) - len(results)} of {len(runs)} runs failed, their lines say so; mend the cause, "
+        raise UserError(f"{len(runs) - len(results)} of {len(runs)} runs failed, their lines say so; mend the cause, "
                       "then give the same command again")
 
 

@@ -5,9 +5,9 @@
 #
 #   --corpus    shards *_train_*.bin and *_val_*.bin; without, times are those of made-up tokens and nothing is trained
 #   --out       where logs and the table go (default logs/gpu-DATE)
-#   --only      some of: tests, time-five-minute, time-gpt2, time-gpt2-warm, training, kernels, peers
+#   --only      some of: compile, time-five-minute, time-gpt2, kernels, train-five-minute, train-gpt2, tests, peers
 #   --peers     files *.args, each with options of records/bench.py, one a line, as seen from that folder
-#   --patience  limits times N: on one H200 they add up to nine minutes (ten more for each comparison)
+#   --patience  limits times N: they add up to eight minutes (ten more for each comparison)
 #   --device    cpu: the same steps in small, to try this script
 #
 # Each step has a limit and a log of its own; what fails hides nothing of the rest. Exit status 1 if a step has failed.
@@ -51,7 +51,7 @@ export TORCHINDUCTOR_CACHE_DIR=$scratch/cache TRITON_CACHE_DIR=$scratch/triton  
   nvidia-smi; git log -1 --format=%H; } >"$out/machine.txt" 2>&1 || true
 
 launch=("$python") parallel=() data=() sizes=() tests=(-m gpu tests)
-run=(--steps 40 --val-every 10 --val-tokens 1048576 --long-documents continue)  # shards may be few
+run=(--steps 24 --val-every 8 --val-tokens 1048576 --long-documents continue)  # shards may be few
 for count in 2 4 8; do  # as many as can share the rows of a step
     [[ "$found" -lt $count ]] || launch=("$python" -m torch.distributed.run --standalone --nproc_per_node="$count")
 done
@@ -81,22 +81,26 @@ step() {  # name, limit in seconds, how sed finds its figures in the log, comman
 times='s/^(compiled in [0-9.]+ s|ms\/step  .*)(, untimed)?$/\1/p'
 verdict='s/^verdict: (.*)/\1/p'
 
-step tests 170 's/^=* ?([0-9].*(passed|failed|error|skipped).*) in .*/\1/p' \
+# Both recipes compile side by side, which takes processors and not the card; then everything that is timed has the card
+# to itself, and finds its kernels on disk. The tests come last.
+timing=("${launch[@]}" records/timing.py "${sizes[@]}" "${data[@]}")
+step compile 200 "$times" bash -c '"$@" --preset five-minute --timed-steps 0 & "$@" --timed-steps 0; status=$?; wait $! && exit $status' \
+    compile "${timing[@]}"
+step time-five-minute 50 "$times" "${timing[@]}" --preset five-minute --json "$out/five-minute.json"
+step time-gpt2 70 "$times" "${timing[@]}" --json "$out/gpt2.json"
+step kernels 50 's/^(idle .*%|matrix .*|attention .*).*/\1/p' "$python" records/kernels.py "${sizes[@]}" "${data[@]}"
+for preset in five-minute gpt2; do
+    if [[ -n "$corpus" ]]; then
+        step train-$preset 60 's/.* val_loss:([0-9.naif]+) train_time:([0-9]+)ms.*/\1 at \2 ms/p' \
+            "${launch[@]}" train_gpt2.py --preset $preset "${sizes[@]}" "${data[@]}" "${run[@]}" --repeat true --out "$scratch/$preset"
+        cp "$scratch/$preset"/*/log.txt "$out/$preset.txt" 2>/dev/null
+        cp "$scratch/$preset"/*/metrics.jsonl "$out/$preset.jsonl" 2>/dev/null
+    elif [[ -z "$only" || ",$only," == *,train-$preset,* ]]; then
+        rows+=("train-$preset  skipped        no --corpus")
+    fi
+done
+step tests 120 's/^=* ?([0-9].*(passed|failed|error|skipped).*) in .*/\1/p' \
     "$python" -m pytest -v -rs --tb=short -p no:cacheprovider ${parallel[@]+"${parallel[@]}"} "${tests[@]}"
-step time-five-minute 70 "$times" "${launch[@]}" records/timing.py --preset five-minute "${sizes[@]}" "${data[@]}" \
-    --json "$out/five-minute.json"
-step time-gpt2 110 "$times" "${launch[@]}" records/timing.py "${sizes[@]}" "${data[@]}" --json "$out/gpt2.json"
-step time-gpt2-warm 50 "$times" "${launch[@]}" records/timing.py "${sizes[@]}" "${data[@]}" --timed-steps 2
-if [[ -n "$corpus" ]]; then
-    step training 75 's/.* val_loss:([0-9.naif]+) train_time:([0-9]+)ms.*/\1 at \2 ms/p' \
-        "${launch[@]}" train_gpt2.py "${sizes[@]}" "${data[@]}" "${run[@]}" --repeat true --out "$scratch/runs"
-    cp "$scratch"/runs/*/log.txt "$out/run.txt" 2>/dev/null
-    cp "$scratch"/runs/*/metrics.jsonl "$out/run.jsonl" 2>/dev/null
-elif [[ -z "$only" || ",$only," == *,training,* ]]; then
-    rows+=("training           skipped        no --corpus")
-fi
-step kernels 55 's/^(step .*%).*/\1/p' \
-    "$python" records/kernels.py "${sizes[@]}" "${data[@]}" --stage last --trace "$out/kernels.json.gz"
 for file in ${peers:+"$peers"/*.args}; do
     mapfile -t arguments <"$file"
     step "peers-$(basename "$file" .args)" 600 "$verdict" env -C "$peers" "$python" "$root/records/bench.py" \

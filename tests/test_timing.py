@@ -16,7 +16,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.flop_counter import FlopCounterMode
 
 import train_gpt2
-from train_gpt2 import GPT, Config, Processes, UserError, optimizer_groups, phase_at, preset_values, train_step
+from train_gpt2 import GPT, Config, Processes, UserError, optimizer_groups, phase_at, preset_values
 
 sys.path.insert(0, str(ROOT / "records"))
 import timing
@@ -24,8 +24,12 @@ import timing
 GIB, MIB = 2**30, 2**20
 GPT2 = Config(dtype="bfloat16")
 SIZES = timing.model_sizes(GPT2, 50257)
-EIGHTS = dict(row_tokens=(256,), val_row_tokens=256, tokens_per_step=(2048,), micro_tokens=2048, window=(64,),
-              window_short=(32,), loss_chunk=256)
+EIGHT_ROWS = {"row_tokens": (256,), "val_row_tokens": 256, "tokens_per_step": (2048,), "micro_tokens": 2048,
+              "window": (64,), "window_short": (32,), "loss_chunk": 256, "width": 64, "heads": 2}
+FEW_LAYERS = {
+    "five-minute": {"layers": 3},
+    "gpt2": {"layers": 4, "short_layers": (1, 3), "paired_layers": (0,), "attention_free": (2,),
+             "value_layers": (0, 1), "gated_skip": (0, 2), "backout": (1,)}}
 
 
 @pytest.mark.parametrize("preset", ["five-minute", "gpt2"])
@@ -60,7 +64,7 @@ def test_visited_keys_are_those_of_the_dense_mask():
 @pytest.mark.parametrize("world", [1, 4])
 def test_weights_gradients_and_state_are_predicted_to_the_byte(preset, dtype, world, monkeypatch):
     monkeypatch.setattr(train_gpt2.dist, "broadcast", lambda *_: None)
-    config = small_config(preset, dtype=dtype, bigram=3, **EIGHTS)
+    config = small_config(preset, dtype=dtype, bigram=3, **EIGHT_ROWS)
     model = GPT(config, 250)
     groups = optimizer_groups(model, Processes(1 % world, world, ALONE.device)).values()
     found = timing.predicted_memory(config, timing.model_sizes(config, 250), world)
@@ -93,10 +97,11 @@ def test_compiled_activations_are_predicted_within_a_twentieth(preset, recompute
     monkeypatch.setattr(torch, "compile", lambda function, **options: compile_with(
         function, backend="aot_eager_decomp_partition", **options))
     torch._dynamo.config.recompile_limit = 1000
-    config = small_config(preset, dtype="float32", recompute=recompute, **EIGHTS, width=64, heads=2)
+    config = small_config(preset, dtype="float32", recompute=recompute, **EIGHT_ROWS, **FEW_LAYERS[preset])
     model = GPT(config, 128, compiled=True)
     own, kept = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), torch._dynamo.config.patch(
+            recompile_limit=64):
         assert model.loss(random_batch(8, 256, 120), phase_at(0, config))[0].requires_grad
     predicted = timing.predicted_memory(config, timing.model_sizes(config, 128), 1)["activations"]
     assert predicted == pytest.approx(sum(kept.values()), rel=0.05)
@@ -205,7 +210,7 @@ def test_communication_is_the_time_of_waiting(corpus):
     batches = timing.stretch_batches(train_gpt2.TokenStream(config.train_files), config, 0, 2, ALONE)
     (_, slow), (_, fast) = timing.sectioned_steps(model, groups, batches, [0, 1], ALONE)
     batches.close()
-    assert slow["communication"] >= 0.2 > 0.1 > fast["communication"]
+    assert slow["communication"] >= 0.2 and fast["communication"] < 0.1
 
 
 def test_the_whole_tool_and_the_run_is_the_sum_of_its_stages(corpus, tmp_path, capsys):
