@@ -22,7 +22,6 @@ import contextlib
 import dataclasses
 import difflib
 import glob
-import hashlib
 import json
 import math
 import os
@@ -39,7 +38,6 @@ import time
 import zipfile
 import zlib
 from collections import deque
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
@@ -592,7 +590,7 @@ def prefetched(batches, device):
         upcoming = reader.submit(next, batches, None)
         while (batch := upcoming.result()) is not None:
             upcoming = reader.submit(next, batches, None)
-            if device.type == "cuda":  # copied beside the step before: the host does not wait
+            if device.type == "cuda":  # queued behind the step before; the host does not wait
                 parts = [part.pin_memory().to(device, non_blocking=True) for part in batch[:3]]
                 batch = Batch(*parts, *batch[3:])
             yield batch
@@ -990,8 +988,8 @@ def attention_masks(model, starts, windows):
 # gradients are computed while the logits of a chunk are at hand: full logits (6.6 GB for 65,536
 # tokens) never exist, and nothing is done twice.
 
-# Divisors before a cast to float8: the largest values met (100, 1.6, 96) reach the end of its range
-# (#51, #55).
+# Divisors before a cast to float8, as the records measured them (#51, #55): hidden states up to 100 and
+# weights up to 1.6 fit into e4m3, gradients up to 96 into e5m2.
 HIDDEN_UNIT, HEAD_UNIT, GRADIENT_UNIT = 100 / 448, 1.6 / 448, 0.75 / 448
 
 
@@ -1313,7 +1311,7 @@ class Adam(Group):
 
 
 def optimizer_groups(model, processes):
-    """Every parameter in exactly one group, in the order in which backward completes the groups."""
+    """Every parameter in exactly one group, in the order of their updates."""
     config, members = model.config, {}  # by the last word of their names, as mlp or x0
     for name, p in model.named_parameters():
         kind = [word for word in name.split(".") if not word.isdigit()][-1]
@@ -1513,14 +1511,14 @@ def training_loop(model, groups, data, processes, log, progress):
             validating = is_due(step, config.val_every) or step in (0, config.steps)
             validating = validating and step != progress.validated and not stopping
             if validating or saving:
+                reports.read()
                 with clock.stopped():
-                    reports.read()
                     progress = Progress(step, clock.seconds, *progress[2:4], tuple(cursor))
                     if validating:
                         loss = validate(model, data.val, data.val_tokens, step, processes)
-                        log.record(step, clock.seconds, val_loss=loss, peak_memory_mib=peak_memory(processes))
                         if not math.isfinite(loss):
                             raise UserError(f"the validation loss after step {step} is {loss}{log.way_on()}")
+                        log.record(step, clock.seconds, val_loss=loss, peak_memory_mib=peak_memory(processes))
                         progress = progress._replace(validated=step, val_loss=loss)
                     if saving:
                         save_checkpoint(log, model, groups, data, processes, progress)
@@ -1690,8 +1688,12 @@ def parse_command_line(arguments):
     if given.get("resume", "none") not in ("none", "auto"):
         saved = read_newest([Path(given["resume"])], verify=False)
         values = asdict(config_of(saved)) | {"out": str(Path(saved["path"]).parent.parent)}
+        if without:
+            raise UserError(f"--without does not go with --resume {given['resume']}, which has its own recipe")
     elif "train_files" in given and "val_files" not in given:
         folder, name = os.path.split(given["train_files"])
+        if "train" not in name:
+            raise UserError(f"--train-files {given['train_files']} needs --val-files beside it")
         given["val_files"] = os.path.join(folder, name.replace("train", "val"))
     return check_config(Config(**values | given))
 
@@ -1808,9 +1810,9 @@ def for_device(config, processes):
     fits = config.dtype == "bfloat16" and config.width % 16 == chunk % 16 == 0
     has_float8 = on_gpu and torch.cuda.get_device_capability(device) >= (8, 9)
     compiled, channels = on_gpu and config.compile == "auto", config.width // config.heads
-    if config.head_dtype == "float8" and not fits:
-        raise UserError("--head-dtype float8 takes --dtype bfloat16, --width and --loss-chunk in multiples "
-                        "of 16; or give --head-dtype wide")
+    if config.head_dtype == "float8" and not (fits and has_float8 >= on_gpu):
+        raise UserError("--head-dtype float8 takes a GPU that has it, --dtype bfloat16, --width and "
+                        "--loss-chunk in multiples of 16; or give --head-dtype wide")
     if compiled and (channels < 16 or config.dtype == "float64"):
         raise UserError(f"heads of {channels} channels in {config.dtype} do not compile, only of 16 or more "
                         "in bfloat16 or float32; or give --compile none")
@@ -1905,7 +1907,7 @@ def environment(processes):
     text = (f"python {platform.python_version()}, torch {torch.__version__}, CUDA {torch.version.cuda}, "
             f"{platform.platform()}, {processes.world} process(es), {os.cpu_count()} cores, "
             f"{torch.get_num_threads()} threads, avx512_bf16 {torch.cpu._is_avx512_bf16_supported()}")
-    if processes.device.type == "cuda" and shutil.which("nvidia-smi"):
+    if processes.rank == 0 and processes.device.type == "cuda" and shutil.which("nvidia-smi"):
         text += "\n" + subprocess.run(["nvidia-smi"], capture_output=True, text=True).stdout
     return text
 
@@ -1942,8 +1944,9 @@ def check_disk(config, groups, processes):
     """Raises UserError where --out has no room for the checkpoints and the model."""
     size = sum(group.weights.nbytes + processes.world * sum(buffer.nbytes for buffer in group.state)
                for group in groups.values())
-    needed, free = size * (config.keep + 1 if config.save_every else 1), shutil.disk_usage(config.out).free
-    if processes.rank == 0 and free < needed:
+    needed = size * (config.keep + 1 if config.save_every else 1)
+    free = shutil.disk_usage(config.out).free if processes.rank == 0 else needed
+    if free < needed:
         raise UserError(f"{config.out} has {free / 2**30:.1f} GiB free, checkpoints take up to "
                         f"{needed / 2**30:.1f}; make room, or give another --out")
 
@@ -1976,8 +1979,9 @@ def save_checkpoint(log, model, groups, data, processes, progress):
             if log.folder:
                 state[f"{group.name}.{number}"] = whole.to("cpu", copy=True)
     if log.folder:
-        log.checkpoint = log.folder / f"checkpoint_{progress.step:07}.pt"
-        save(log.checkpoint, contents(model, data, progress) | {"state": state})
+        path = log.folder / f"checkpoint_{progress.step:07}.pt"
+        save(path, contents(model, data, progress) | {"state": state})
+        log.checkpoint = path
         for older in checkpoints(log.folder)[:-model.config.keep]:
             older.unlink(missing_ok=True)
     processes.barrier()

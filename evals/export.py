@@ -80,8 +80,8 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"model.safetensors, config.json and model.py of {saved['path']} are in {out}: {numbers:,} "
           f"numbers, {size / 1e6:,.1f} MB; there: from model import load; load().logits(torch.tensor([...]))")
     print(f"the trainer counts {trained:,} parameters: with tables padded from {model.vocabulary} to "
-          f"{len(model.head)} rows"
-          + ", attention's scalars apart" * model.config.attention_mix + ", embedding and head apart" * phase.tied)
+          f"{len(model.head)} rows" + ", attention's scalars apart" * model.config.attention_mix
+          + ", embedding and head apart" * phase.tied)
 
 
 if __name__ == "__main__":

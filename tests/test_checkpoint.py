@@ -21,7 +21,7 @@ import train_gpt2
 from train_gpt2 import UserError, checkpoints, main, read_checkpoint
 
 # Untied after step 4; borders at 3, 6 and 9, where the extension begins.
-STAGES = {**RECIPE, "dtype": "float64", "steps": 12, "tied_until": 0.4, "repeat": True, "save_every": 1, "keep": 100,
+STAGES = {**RECIPE, "tokens_per_step": "256,512,768", "dtype": "float64", "steps": 12, "tied_until": 0.4, "repeat": True, "save_every": 1, "keep": 100,
           "val_tokens": 500}
 SHUFFLED = {**SMALL, "shuffle": True, "repeat": True, "tokens_per_step": 2048, "steps": 10, "save_every": 1, "keep": 100}
 

@@ -150,7 +150,8 @@ def struck_at(lines: str) -> float:
 def spoiled(plan: str, *arguments: str) -> None:
     """Train. "RANK:STEP:WHAT,..." spoils steps, or the saves after them, of one process: see below."""
     for rank, step, what in (part.split(":") for part in plan.split(",")):
-        if os.environ.get("RANK", "0") == rank:
+        first = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"  # of torchrun's starts
+        if os.environ.get("RANK", "0") == rank and first:
             spoil(int(step), what)
     train_gpt2.main(list(arguments))
 
