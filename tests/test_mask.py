@@ -9,16 +9,8 @@ from tools import dense_mask, random_starts
 from torch.nn.attention.flex_attention import create_mask, flex_attention
 
 from train_gpt2 import (
-    MASK_BLOCK,
-    Config,
-    attention,
-    attention_masks,
-    block_mask,
-    first_visible_key,
-    interval_rule,
-    layer_plan,
-    span_mask,
-)
+    MASK_BLOCK, Config, attention, attention_masks, block_mask, first_visible_key, interval_rule, layer_plan,
+    span_mask)
 
 WINDOWS = (0, 1, 2, 30, 63, 99, 126, 127, 128, 254, 255, 256, 383, 511, 999, 100_000, 2**40)
 
@@ -30,11 +22,10 @@ def layouts(count: int, tokens: tuple[int, ...], seed: int):
     for _ in range(count):
         rows, length, window = int(draw.integers(1, 4)), int(draw.choice(tokens)), int(draw.choice(WINDOWS))
         yield random_starts(rows, length, draw), window
-    borders = ([], [0], [128], [256], [127, 129], [128, 256, 384], [1, 255, 257, 511], [383, 384, 385])
-    for places in borders if 512 in tokens else ():
+    for places in ([], [128], [127, 129], [128, 256, 384], [1, 255, 257, 511]) if 512 in tokens else ():
         starts = torch.zeros(2, 512, dtype=torch.bool)
         starts[0, places] = True  # the second row has no separator
-        yield from ((starts, window) for window in (0, 126, 127, 128, 255, 510, 511, 512))
+        yield from ((starts, window) for window in (0, 126, 127, 128, 255, 511))
 
 
 def softmax_attention(query, key, value, visible):
@@ -44,7 +35,7 @@ def softmax_attention(query, key, value, visible):
 
 
 def test_first_keys_and_their_rule_are_the_definition():
-    for starts, window in layouts(200, (1, 2, 5, 17, 64, 127, 128, 200, 300, 512), seed=1):
+    for starts, window in layouts(100, (1, 2, 5, 17, 64, 127, 128, 200, 300, 512), seed=1):
         first_key = first_visible_key(starts, window)
         position, row = torch.arange(starts.shape[1]), torch.arange(starts.shape[0])[:, None, None]
         seen = interval_rule(first_key)(row, None, position[:, None], position)
@@ -63,9 +54,9 @@ def seen_in(spans, rows: int, tokens: int) -> torch.Tensor:
     return seen
 
 
-@pytest.mark.parametrize("block", [1, 7, 128, 256])
+@pytest.mark.parametrize("block", [7, 128, 256])
 def test_spans_are_the_definition(block):
-    for starts, window in layouts(30, (5, 64, 300), seed=block):
+    for starts, window in layouts(20, (5, 64, 300), seed=block):
         spans = span_mask(first_visible_key(starts, window), block)
         assert torch.equal(seen_in(spans, *starts.shape), dense_mask(starts, window))
 
@@ -78,7 +69,7 @@ def test_spans_do_not_read_keys_that_no_row_sees():
 
 
 def test_attention_over_spans():
-    for starts, window in layouts(10, (40, 256, 600), seed=3):
+    for starts, window in layouts(8, (40, 256, 400), seed=3):
         draw = torch.Generator().manual_seed(0)
         shape = 3, len(starts), 2, starts.shape[1], 8
         query, key, value = torch.randn(shape, dtype=torch.float64, generator=draw)
@@ -110,7 +101,7 @@ def assert_blocks(mask, visible: torch.Tensor):
     assert torch.equal(create_mask(mask.mask_mod, rows, 1, tokens, tokens, device="cpu")[:, 0], visible)
 
 
-@pytest.mark.parametrize("count", [60, pytest.param(5000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [20, pytest.param(5000, marks=pytest.mark.slow)])
 def test_blocks_are_the_definition(count):
     for starts, window in layouts(count, (128, 256, 384, 512, 640, 768), seed=4):
         assert_blocks(block_mask(first_visible_key(starts, window)), dense_mask(starts, window))
@@ -147,26 +138,16 @@ def test_each_kind_of_layer_gets_its_own_mask(compiled):
                 assert torch.equal(seen_in(mask, *expected.shape[:2]), expected)
 
 
-@pytest.fixture(scope="module")
-def compiled_flex():
-    """(starts, window) -> largest deviation of FlexAttention, compiled for the CPU, from the textbook."""
+@pytest.mark.slow
+def test_flex_attention_under_the_block_mask():
+    """Windows and documents are values at run time: nothing compiles again for other ones."""
     flex = torch.compile(flex_attention, dynamic=False)
-
-    @torch.no_grad()
-    def deviation(places, window) -> float:
+    for number, (places, window) in enumerate((((), 999), ((0, 128, 256), 127), ((5, 77), 99), ((128,), 1791))):
         starts, draw = torch.zeros(2, 384, dtype=torch.bool), torch.Generator().manual_seed(window)
         starts[:, list(places)] = True
         starts[1, 300] = True  # the rows differ
         query, key, value = torch.randn(3, 2, 2, 384, 16, generator=draw)
-        found = flex(query, key, value, block_mask=block_mask(first_visible_key(starts, window)), scale=1.0)
-        return (found - softmax_attention(query, key, value, dense_mask(starts, window))).abs().max().item()
-
-    return deviation
-
-
-def test_flex_attention_under_the_block_mask(compiled_flex):
-    """Windows and documents are values at run time: nothing compiles again for other ones."""
-    assert compiled_flex((), 999) < 5e-6
-    with torch.compiler.set_stance("fail_on_recompile"):
-        for places, window in (((0, 128, 256), 127), ((5, 77), 99), ((1, 200), 63), ((128,), 1791)):
-            assert compiled_flex(places, window) < 5e-6
+        with torch.no_grad(), torch.compiler.set_stance("fail_on_recompile" if number else "default"):
+            found = flex(query, key, value, block_mask=block_mask(first_visible_key(starts, window)), scale=1.0)
+        expected = softmax_attention(query, key, value, dense_mask(starts, window)).float()
+        torch.testing.assert_close(found, expected, rtol=0, atol=5e-6)

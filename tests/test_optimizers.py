@@ -14,26 +14,8 @@ from torch import nn
 
 import train_gpt2
 from train_gpt2 import (
-    TECHNIQUES,
-    Adam,
-    Group,
-    Muon,
-    Processes,
-    adam_update,
-    equalise_rows,
-    join_bits,
-    micro_batches,
-    muon_update,
-    open_data,
-    optimizer_groups,
-    orthogonalise,
-    phase_at,
-    split_bits,
-    train_step,
-    untie,
-    validate,
-    warm_up,
-)
+    TECHNIQUES, Adam, Group, Muon, Processes, adam_update, equalise_rows, join_bits, micro_batches, muon_update,
+    open_data, optimizer_groups, orthogonalise, phase_at, split_bits, train_step, untie, validate, warm_up)
 
 
 def random(*shape, seed=0, dtype=torch.float64):
@@ -71,38 +53,28 @@ def orthogonalised(matrix, kind="newton-schulz"):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("shape", [(8, 8), (24, 6), (6, 24), (1, 5), (5, 1), (1, 1), (3, 16, 4), (2, 3, 4, 12)])
+@pytest.mark.parametrize("shape", [(8, 8), (24, 6), (1, 5), (1, 1), (3, 16, 4), (2, 3, 4, 12)])
 def test_the_quintics_are_applied_to_singular_values(shape, kind):
     found = orthogonalise(random(*shape), kind, torch.float64)
     torch.testing.assert_close(found, orthogonalised(random(*shape), kind), rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("kind, dtype, low, high", [
-    ("newton-schulz", torch.float64, 0.68, 1.14), ("newton-schulz", torch.float32, 0.68, 1.14),
-    ("newton-schulz", torch.bfloat16, 0.65, 1.17), ("polar-express", torch.float64, 0.858, 1.142),
-    ("polar-express", torch.float32, 0.858, 1.142), ("polar-express", torch.bfloat16, 0.85, 1.15)])
+    ("newton-schulz", torch.float64, 0.68, 1.14), ("newton-schulz", torch.bfloat16, 0.65, 1.17),
+    ("polar-express", torch.float64, 0.858, 1.142), ("polar-express", torch.bfloat16, 0.85, 1.15)])
 @pytest.mark.parametrize("rows, columns", [(48, 12), (12, 48), (24, 24)])
 def test_singular_values_end_in_the_band(rows, columns, kind, dtype, low, high):
     """Those above a hundredth of the norm, whatever the spectrum and however large or small the matrix."""
     count = min(rows, columns)
     spectra = torch.stack([torch.logspace(-2, 0, count), torch.ones(count), torch.arange(1.0, count + 1)]).double()
     left, right = (torch.linalg.qr(random(3, size, count, seed=size)).Q for size in (rows, columns))
-    for scale in (1.0, 1e-20, 1e-30, 1e30):
+    for scale in (1.0, 1e-30, 1e30):
         matrices = scale * (left * spectra[:, None]) @ right.mT
         found = orthogonalise(matrices if dtype == torch.float64 else matrices.float(), kind, dtype)
         assert found.dtype == dtype
         for values, matrix in zip(spectra, found.double(), strict=True):
             reached = torch.linalg.svdvals(matrix)[:(values / values.norm() > 0.0101).sum()]
             assert low <= reached.min() and reached.max() <= high
-
-
-def test_polar_express_ends_within_a_seventh_of_one_from_a_five_hundredth_on():
-    """Matrices of two singular values, one of them anything from 1 / 500 of the norm to all of it."""
-    small = torch.logspace(math.log10(0.002 * 1.02), 0, 4000, dtype=torch.float64)
-    matrices = torch.diag_embed(torch.stack((small, (1 - small.square()).clamp_min(0).sqrt()), dim=-1))
-    reached = orthogonalise(matrices, "polar-express", torch.float64)[:, 0, 0]
-    assert reached.min() == pytest.approx(1 - 0.14113, abs=1e-4)
-    assert reached.max() == pytest.approx(1.14113, abs=1e-4)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -150,31 +122,6 @@ def test_rows_are_equalised_by_their_running_mean_square(rows, columns):
 # ---- Muon -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shape, factor", [((32, 8), 2.0), ((8, 32), 1.0), ((16, 16), 1.0)])
-def test_muon_is_torchs_muon(shape, factor):
-    """torch's iterates in bfloat16, and knows the factor sqrt(max(1, rows / columns))."""
-    (ours,), (theirs,) = (parameters_of(shape, dtype=torch.float32) for _ in range(2))
-    model = host("bfloat16", muon_momentum_start=0.95, muon_lr=0.02)
-    group = Muon("one", [ours], (factor,), model, ALONE)
-    optimizer = torch.optim.Muon([theirs], lr=0.02, weight_decay=0, momentum=0.95, nesterov=True, ns_steps=5)
-    for step in range(8):
-        theirs.grad = random(*shape, seed=step + 1, dtype=torch.float32)
-        ours.grad.copy_(theirs.grad)
-        group.update(step)
-        optimizer.step()
-        moved = theirs - parameters_of(shape, dtype=torch.float32)[0]
-        assert (ours - theirs).norm() < 0.05 * moved.norm(), step  # what bfloat16 costs either of them
-
-
-@pytest.mark.parametrize("preset, down", [("five-minute", 1.0), ("gpt2", 4.0)])
-def test_factors_of_muons_matrices(preset, down):
-    model = small_model(preset=preset)
-    groups = optimizer_groups(model, ALONE)
-    scales = {name: group.scale.flatten().tolist() for name, group in groups.items() if isinstance(group, Muon)}
-    attending = sum(block.attends for block in model.blocks)
-    assert scales == {"mlp": [2.0, down] * len(model.blocks), "attention": [1.0] * 4 * attending}
-
-
 def test_muon_moves_by_scale_and_rate_and_decays_where_the_update_shrinks_the_weight():
     """Entry by entry with each combination of signs; of the two rates only one has the matrix's factor."""
     old, gradient, rate, scales, decay = 3 * random(3, 6, 8, seed=1), random(3, 6, 8), 0.25, (1.0, 4.0, 2.0), 0.7
@@ -200,23 +147,18 @@ def test_splitting_and_joining_are_inverse_bit_for_bit():
     draw = torch.Generator().manual_seed(0)
     anything = torch.randint(-2**31, 2**31, (200_000,), generator=draw).int().view(torch.float32)
     tiny = torch.randint(0, 2**23, (1000,), generator=draw).int().view(torch.float32)
-    special = torch.tensor([0.0, -0.0, 1.0, -1.0, 2.0**-126, -(2.0**-149), 3.4028234e38, math.inf, -math.inf,
-                            1 + 2.0**-7, 1 + 2.0**-8, 1 + 2.0**-23, -1 - 2.0**-8 + 2.0**-23])
+    special = torch.tensor([0.0, -0.0, 1.0, -1.0, 2.0**-126, 3.4028234e38, math.inf, -math.inf, 1 + 2.0**-8])
     numbers = torch.cat((anything[~anything.isnan()], random(10_000, dtype=torch.float32), tiny, -tiny, special))
     high, low = split_bits(numbers)
     assert (high.dtype, low.dtype) == (torch.bfloat16, torch.int16)
     assert torch.equal(join_bits(high, low).view(torch.int32), numbers.view(torch.int32))
-    assert torch.equal(join_bits(high, torch.zeros_like(low)), high.float())
+    cut = (numbers.view(torch.int32) & -65_536).view(torch.float32)
+    assert torch.equal(high.float(), cut) and torch.equal(join_bits(high, torch.zeros_like(low)), cut)
     every_tail = torch.arange(-2**15, 2**15).to(torch.int16)
     for top in (1.0, -1.0, 0.0, -0.0, 1e-40, -3e38):
         tops = torch.full((2**16,), top, dtype=torch.bfloat16)
         again, tail = split_bits(join_bits(tops, every_tail))
         assert torch.equal(again.view(torch.int16), tops.view(torch.int16)) and torch.equal(tail, every_tail)
-    finite = numbers.isfinite()
-    exact, cut = numbers[finite].double(), high[finite].double()
-    assert (cut.abs() <= exact.abs()).all() and (cut * exact >= 0).all()
-    digit = 2.0 ** exact.abs().clamp_min(2.0**-126).log2().floor() * 2.0**-7  # of bfloat16
-    assert ((exact - cut).abs() < digit * (1 + 1e-9)).all()
 
 
 def test_split_weights_train_as_float32_ones_where_bfloat16_alone_stands_still():
@@ -244,16 +186,14 @@ def test_split_weights_train_as_float32_ones_where_bfloat16_alone_stands_still()
 # ---- Adam -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 2e-6)])
-@pytest.mark.parametrize("epsilon", [1e-8, 1e-3])
+@pytest.mark.parametrize("dtype, tolerance, epsilon", [(torch.float64, 1e-12, 1e-3), (torch.float32, 2e-6, 1e-8)])
 def test_adam_is_torchs_adam_with_settings_of_each_parameter(dtype, tolerance, epsilon):
     """Rates that fall, gradients around epsilon among them, and an entry that never gets one."""
     settings = [(0.05, 0.9, 0.95, 0.0), (0.01, 0.5, 0.99, 0.0), (0.2, 0.0, 0.9, 0.0)]
     ours, theirs = (parameters_of((40, 5), (), (7,), dtype=dtype) for _ in range(2))
     group = Adam("small", ours, 0, settings, host(cooldown=0.8, adam_epsilon=epsilon), ALONE)
-    optimizers = [torch.optim.Adam([parameter], rate, betas, epsilon)
-                  for parameter, (rate, *betas, _) in zip(theirs, settings, strict=True)]
-    assert [state.dtype for state in group.state] == [dtype] * 2
+    optimizer = torch.optim.Adam([dict(params=[p], lr=rate, betas=betas, eps=epsilon)
+                                  for p, (rate, *betas, _) in zip(theirs, settings, strict=True)])
     for step in range(20):
         for i, (mine, other) in enumerate(zip(ours, theirs, strict=True)):
             other.grad = random(*mine.shape, seed=10 * step + i, dtype=dtype)
@@ -261,10 +201,9 @@ def test_adam_is_torchs_adam_with_settings_of_each_parameter(dtype, tolerance, e
                 other.grad *= torch.logspace(-10, 1, 40, dtype=dtype)[:, None]
                 other.grad[3] = 0
             mine.grad.copy_(other.grad)
+            optimizer.param_groups[i]["lr"] = settings[i][0] * min(1, (20 - step) / 16)
         group.update(step)
-        for optimizer, (rate, *_) in zip(optimizers, settings, strict=True):
-            optimizer.param_groups[0]["lr"] = rate * min(1, (20 - step) / 16)
-            optimizer.step()
+        optimizer.step()
         torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
     assert torch.equal(ours[0][3], parameters_of((40, 5), dtype=dtype)[0][3])
 
@@ -295,38 +234,12 @@ def test_adam_decays_where_the_step_shrinks_the_weight_anyway():
             torch.testing.assert_close(weight, by_hand, rtol=1e-6, atol=0.0)
 
 
-def test_adam_in_bfloat16_rounds_only_what_it_stores():
-    weight = random(2000).bfloat16()
-    mean, square = (1e-3 * random(2000, seed=1)).float(), (1e-5 * random(2000, seed=2) ** 2).float()
-    settings = torch.tensor([[0.02, 0.9, 0.95, 0.0]]).expand(2000, 4)
-    for step in range(10):
-        gradient, before = (3e-3 * random(2000, seed=3 + step)).bfloat16(), weight.clone()
-        expected = adam_reference(weight.float(), gradient.float(), mean, square, 0.02, 0.9, 0.95, 0.0, step + 1, 1e-8)
-        adam_update(weight, gradient, mean, square, settings, torch.tensor(1.0), torch.tensor(step + 1.0), 1e-8)
-        torch.testing.assert_close((mean, square), expected[1:], rtol=1e-5, atol=1e-9)
-        assert (weight == expected[0].bfloat16()).float().mean() > 0.998  # but numbers at the middle of two
-        assert (weight != before).float().mean() > 0.5
-
-
 # ---- groups -----------------------------------------------------------------------------------------------
 
 
-def test_parameters_and_gradients_are_views_of_one_tensor():
-    parameters = parameters_of((4, 6, 6), (4, 6, 6), (2, 6, 6))
-    before = [parameter.detach().clone() for parameter in parameters]
-    group = Group("three", parameters, 2, host().config, ALONE)
-    assert group.weights.shape == group.gradients.shape == (10, 6, 6)
-    group.weights.add_(1)
-    group.gradients[4:8] = 2
-    for i, (parameter, value) in enumerate(zip(parameters, before, strict=True)):
-        assert torch.equal(parameter, value + 1) and (parameter.grad == (2 if i == 1 else 0)).all()
-    (3 * parameters[2]).sum().backward()  # adds to the gradient in place
-    assert (group.gradients[8:] == 3).all() and (group.gradients[:4] == 0).all()
-
-
-@pytest.mark.parametrize("shapes, axes", [([(4, 6, 6)] * 2, 2), ([(10, 5)], 1), ([(4, 3), (5,), (), ()], 0), ([(2,)], 0),
-                                          ([(9, 2), (3, 2)], 1), ([(2, 12), (1, 12), (3, 12)], 0)])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("shapes, axes", [
+    ([(4, 6, 6)] * 2, 2), ([(10, 5)], 1), ([(4, 3), (5,), (), ()], 0), ([(9, 2), (3, 2)], 1)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_slices_cover_everything_once_and_parameters_begin_on_sixteen_bytes(shapes, axes, dtype):
     """Layers share compiled kernels, which rely on the alignment that they met in the first layer."""
     covered, numbers = 0, sum(math.prod(shape) for shape in shapes)
@@ -338,7 +251,8 @@ def test_slices_cover_everything_once_and_parameters_begin_on_sixteen_bytes(shap
             assert torch.equal(parameter, value) and (parameter.grad == 0).all()
             assert parameter.data_ptr() % 16 == parameter.grad.data_ptr() % 16 == 0
             parameter.data.fill_(1)
-        assert group.weights.dim() == 1 + axes and group.weights.sum() == numbers  # the rest is zero
+            parameter.sum().backward()  # adds to the gradient in place
+        assert group.weights.dim() == 1 + axes and group.weights.sum() == group.gradients.sum() == numbers  # the rest is 0
         assert len(group.weights) == len(group.gradients) == 3 * len(group.shard) == 3 * len(group.shard_gradient)
         group.shard.fill_(7)  # a view: updating the slice updates the parameters in it
         assert (group.weights[group.mine] == 7).all() and (group.weights == 7).sum() == group.shard.numel()
@@ -425,15 +339,18 @@ def test_every_parameter_is_in_one_group_with_its_settings(preset):
         for p, part in zip(group.parameters, group.parts, strict=True):
             matrix = names[id(p)].endswith((".attention", ".mlp"))
             assert isinstance(group, Muon) == matrix
-            if not matrix:
+            if matrix:
+                scales = [1.0] * 4 if group.name == "attention" else [2.0, config.down_scale]
+                assert group.scale[part].flatten().tolist() == scales
+            else:
                 expected = torch.tensor(adam_settings(names[id(p)], config)).double()
                 torch.testing.assert_close(group.settings[part], expected.expand(part.stop - part.start, 4))
 
 
 # ---- whole runs -------------------------------------------------------------------------------------------
 
-RUN = dict(steps=26, extension=2 / 26, tokens_per_step=(128, 256, 384), row_tokens=(64, 128, 128), adam_epsilon=1e-8,
-           momentum_warmup=6 / 26, momentum_cooldown=4 / 26, bigram=3, micro_tokens=256, heads=2, width=16)
+RUN = dict(steps=14, extension=2 / 14, tokens_per_step=(128, 256, 384), row_tokens=(64, 128, 128), adam_epsilon=1e-8,
+           momentum_warmup=4 / 14, momentum_cooldown=3 / 14, bigram=3, micro_tokens=256, heads=2, width=16)
 SHORT = RUN | dict(steps=6, extension=2 / 6, layers=2, paired_layers=(0,), short_layers=(0,), attention_free=(),
                    value_layers=(0,), gated_skip=(0, 1), backout=(0,), tokens_per_step=(64, 128, 192), row_tokens=(64,))
 
@@ -499,7 +416,7 @@ def assert_trains(model):
 
 
 @pytest.mark.parametrize("preset, changes", [
-    ("gpt2", FIVE_LAYERS | RUN), ("five-minute", dict(steps=20, momentum_warmup=0.5, cooldown=0.3, layers=2))])
+    ("gpt2", FIVE_LAYERS | RUN), ("five-minute", dict(steps=10, momentum_warmup=0.5, cooldown=0.3, layers=2))])
 def test_a_whole_run_is_the_recipe_word_for_word(preset, changes):
     assert_trains(small_model(preset=preset, spread=0.05, **changes))
 
@@ -507,29 +424,6 @@ def test_a_whole_run_is_the_recipe_word_for_word(preset, changes):
 @pytest.mark.parametrize("name", [name for preset, name in ONE_BY_ONE if preset == "gpt2"])
 def test_a_run_without_a_technique(name):
     assert_trains(small_model(preset="gpt2", spread=0.05, **SHORT | TECHNIQUES[name].neutral))
-
-
-def test_first_step_of_record_12_moves_the_head_alone():
-    """All other gradients wait behind zeros. From step 2 on everything moves."""
-    model = small_model()
-    groups = optimizer_groups(model, ALONE)
-    first, moved = {name: p.detach().clone() for name, p in model.named_parameters()}, []
-    for step in range(3):
-        train_step(model, groups, random_batch(1, 64, seed=step), step)
-        moved.append({name for name, p in model.named_parameters() if not torch.equal(p, first[name])})
-    assert moved[0] == {"head"} and moved[2] == {*first}
-
-
-def test_untying_copies_the_table_and_its_moments():
-    model = small_model(preset="gpt2", spread=0.1, **FIVE_LAYERS)
-    groups = optimizer_groups(model, ALONE)
-    groups["head"].gradients.copy_(random(*groups["head"].gradients.shape))
-    groups["head"].update(1)
-    assert not torch.equal(model.embedding, model.head)
-    untie(groups)
-    assert torch.equal(model.embedding, model.head)
-    for mine, other in zip(groups["embedding"].state, groups["head"].state, strict=True):
-        assert torch.equal(mine, other) and other.abs().min() > 0 and mine.data_ptr() != other.data_ptr()
 
 
 @pytest.mark.parametrize("preset", ["gpt2", "five-minute"])

@@ -9,20 +9,8 @@ import pytest
 from test_techniques import ONE_BY_ONE
 
 from train_gpt2 import (
-    TECHNIQUES,
-    Config,
-    last_tied_step,
-    learning_rate_factor,
-    momentum_at,
-    phase_at,
-    preset_values,
-    stage_borders,
-    stage_of,
-    token_weights,
-    tokens_until,
-    value_at,
-    windows_at,
-)
+    TECHNIQUES, Config, last_tied_step, learning_rate_factor, momentum_at, phase_at, preset_values, stage_borders,
+    stage_of, token_weights, tokens_until, value_at, windows_at)
 
 GPT2, FIVE_MINUTE = (Config(**preset_values(name)) for name in ("gpt2", "five-minute"))
 
@@ -112,7 +100,7 @@ CHANGES = [{}, dict(extension=0.0), dict(extension=0.5), dict(extension=0.9), di
 @pytest.mark.parametrize("changes", CHANGES, ids=str)
 def test_every_length_of_a_run(changes):
     """Schedules are the formulas, and what these mean: no stage goes back, no rate is 0 before its end."""
-    for steps in (*range(1, 30), 100, 101):
+    for steps in (*range(1, 20), 101):
         config = replace(GPT2, steps=steps, **changes)
         assert_agrees(range(steps + 1), config)
         borders, stages = stage_borders(config), [stage_of(step, config) for step in range(steps + 1)]
@@ -129,13 +117,3 @@ def test_every_length_of_a_run(changes):
             assert 0.85 - 1e-12 <= momentum_at(step, config) <= 0.95 + 1e-12
             assert weights[0] == 1 and min(weights) > 0 and [*weights] == sorted(weights, reverse=True)
         assert (last_tied_step(config) + 1) % config.adam_every == 0
-
-
-def test_a_run_of_half_the_length_is_the_same_run_in_shares():
-    half = replace(GPT2, steps=800)
-    for step in range(800):
-        assert phase_at(step, half).windows == phase_at(2 * step, GPT2).windows
-        assert token_weights(step, half) == pytest.approx(token_weights(2 * step, GPT2))
-        assert momentum_at(step, half) == pytest.approx(momentum_at(2 * step, GPT2))
-        if step not in (260, 520):  # where the level waits for one step, whatever a step is
-            assert learning_rate_factor(step, half) == pytest.approx(learning_rate_factor(2 * step, GPT2))
