@@ -22,7 +22,7 @@ if [[ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]]; then
 fi
 
 install() {  # only what is missing, so that a second run starts at once
-    if ! python - "$1" <<'PYTHON'
+    python - "$1" <<'PYTHON' && return
 import sys
 from importlib.metadata import PackageNotFoundError, version
 for line in open(sys.argv[1]):
@@ -33,14 +33,11 @@ for line in open(sys.argv[1]):
     except PackageNotFoundError:
         sys.exit(1)
 PYTHON
-    then
-        say "installing $1"
-        python -m pip install --quiet --disable-pip-version-check -r "$1"
-    fi
+    say "installing $1"
+    python -m pip install --quiet --disable-pip-version-check -r "$1"
 }
 
 install requirements.txt
-command=train
 case "${1:-}" in
 test)
     shift
@@ -54,87 +51,71 @@ test)
     python -m pytest -q tests "${heavy[@]/#/--ignore=}" || status=1
     wait $! || status=1
     cat "$output" && rm -f "$output"
-    exit $status
-    ;;
+    exit $status ;;
 check)
     say "comparing 20 small steps with the stored losses"
-    exec python records/check.py
-    ;;
-doctor)
-    shift
-    command=doctor
-    ;;
+    exec python records/check.py ;;
 -h | --help)
     sed -n '2,/^set/s/^# \{0,1\}//p' run.sh
-    exec python train_gpt2.py --help
-    ;;
-"" | --*) ;;
+    exec python train_gpt2.py --help ;;
+doctor | "" | --*) ;;
 *)
     echo "run.sh: unknown command $1; expected test, check, doctor, or options of train_gpt2.py (./run.sh --help)" >&2
-    exit 2
-    ;;
+    exit 2 ;;
 esac
 
-if [[ "$PWD" != "$from" && $# -gt 0 ]]; then  # relative files are meant from where the user stands
-    previous="" arguments=()
-    for word in "$@"; do
-        case "$previous $word" in
-        "--resume none" | "--resume auto") ;;
-        "--train"[-_]"files "* | "--val"[-_]"files "* | "--out "* | "--resume "*)
-            [[ "$word" == /* ]] || word=$from/$word
-            ;;
-        *" --resume=none" | *" --resume=auto") ;;
-        *" --train"[-_]"files="[!/]* | *" --val"[-_]"files="[!/]* | *" --out="[!/]* | *" --resume="[!/]*)
-            word=${word%%=*}=$from/${word#*=}
-            ;;
-        esac
-        arguments+=("$word")
-        previous=$word
-    done
-    set -- "${arguments[@]}"
-fi
+preset="" files="" resume="" device="" option="" words=()
+for word in "$@"; do  # each is an option, its value, or option=value; relative files are meant from where the user stands
+    if [[ "$word" == --* ]]; then option=${word%%=*}; fi
+    text=${word#--*=}
+    case "$option $text" in
+    *" --"* | "--resume none" | "--resume auto") ;;
+    --preset\ *) preset=$text ;;
+    --device\ *) device=$text ;;
+    --train[-_]files\ * | --val[-_]files\ * | --out\ * | --resume\ *)
+        [[ "$text" == /* ]] || word=${word%"$text"}$from/$text
+        case "$option" in --train*) files=$text ;; --resume) resume=$text ;; esac ;;
+    esac
+    words+=("$word")
+done
+set -- ${words[@]+"${words[@]}"}
 
-[[ "$command" == train ]] || exec python records/doctor.py "$@"
-
-resumes=false  # a run whose settings and files its checkpoint knows
-[[ ! " $* " =~ \ --resume[\ =][^\ ]*[/.] ]] || resumes=true
-small=true  # whether it is tiny that trains, and on which text
-[[ " $* " != *" --preset"* || " $* " == *" --preset tiny "* || " $* " == *" --preset=tiny "* ]] || small=false
-gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)
-if [[ "$gpus" -gt 0 && -n "${CUDA_VISIBLE_DEVICES+set}" ]]; then  # which may hide some
-    gpus=$(tr , '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c '^[^-]' || true)
+if [[ "${1:-}" == doctor ]]; then
+    shift
+    exec python records/doctor.py "$@"
 fi
-if [[ "$gpus" -gt 0 ]]; then
-    [[ " $* " == *" --preset"* ]] || small=false
-    if [[ "$small" == false && "$resumes" == false && " $* " != *" --train"[-_]"files"* ]]; then
-        shards=10
-        [[ ! " $* " =~ \ --preset[\ =]gpt2-medium\  ]] || shards=20
-        [[ ! " $* " =~ \ --preset[\ =]gpt2-xl\  ]] || shards=80
+gpus=0
+if [[ "$device" != cpu ]] && command -v nvidia-smi >/dev/null; then
+    gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
+fi
+if [[ -z "$preset$resume" && "$gpus" == 0 ]]; then
+    preset=tiny
+    set -- --preset tiny "$@"
+fi
+if [[ "$preset" != tiny && "$gpus" != 0 ]]; then
+    if [[ -z "$files$resume" ]]; then
+        case "$preset" in gpt2-medium) shards=20 ;; gpt2-xl) shards=80 ;; *) shards=10 ;; esac
         say "fetching FineWeb where it is missing (validation and $shards training shards of 200 MB)"
         python data/fineweb.py "$shards"
     fi
-    if [[ "$small" == false ]]; then
-        fit=$(python records/timing.py --fit "$@")  # settings that make it fit into these GPUs
-        say "training on $gpus GPU(s) ${fit:+with $fit}"
-        exec python -m torch.distributed.run --standalone --nproc_per_node="$gpus" train_gpt2.py "$@" $fit
-    fi
-    say "training the tiny model on one GPU"
-elif [[ "$small" == true ]]; then
-    say "no GPU: training the tiny model on this CPU"
-else
-    say "no GPU: training on this CPU"
+    fit=$(python records/timing.py --fit "$@")  # settings that make it fit into these GPUs
+    say "training on $gpus GPU(s)${fit:+ with $fit}"
+    exec python -m torch.distributed.run --standalone --nproc_per_node="$gpus" train_gpt2.py "$@" $fit
 fi
-if [[ "$small" == true && "$resumes" == false ]] && ! compgen -G 'data/text/text_train_*.bin' >/dev/null; then
+model=$([[ "$preset" != tiny ]] || echo " the tiny model")
+if [[ "$gpus" == 0 ]]; then say "no GPU: training$model on this CPU"; else say "training$model on one GPU"; fi
+if [[ -z "$files$resume" && "$preset" == tiny ]] && ! compgen -G 'data/text/text_train_*.bin' >/dev/null; then
     say "preparing text to train on: Python's own sources"
     python data/text.py
 fi
+# glibc keeps freed memory for the next step, in place of giving it back: a tenth of tiny's time on a CPU.
+export MALLOC_MMAP_MAX_=${MALLOC_MMAP_MAX_:-0} MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-2147483647}
 log=$(mktemp)
 trap 'rm -f "$log"' EXIT
-[[ " $* " == *" --preset"* || "$resumes" == true ]] || set -- --preset tiny "$@"
 python train_gpt2.py "$@" | tee -i "$log"  # which goes on after Ctrl-C, as the script does
 run=$(sed -n 's/.*all of it in \([^;]*\).*/\1/p; s/.*is finished: \(.*\)\/model.pt.*/\1/p' "$log" | tail -1)
 prompt="def "  # the start of Python, which is what it learned unless other text was given
-[[ " $* " != *" --train"[-_]"files"* && "$resumes" == false ]] || prompt=""
+[[ -z "$files$resume" ]] || prompt=""
 say "a sample of what it learned"
 python evals/sample.py "$run" --prompt "$prompt" --tokens 300
 say "more: python evals/sample.py $run --prompt TEXT"

@@ -540,10 +540,13 @@ def training_row(stream, position, row_tokens, config):
 def shuffled_rows(stream, config, row_tokens, epoch):
     """Where each whole row of the stream begins, in the order of an epoch, to be taken from the end."""
     positions = [0]
-    while positions[-1] < stream.tokens:
-        positions.append(training_row(stream, positions[-1], row_tokens, config)[-1])
-    ends_whole = config.long_documents == "drop" and positions[-1] == stream.tokens
-    del positions[-1 if ends_whole else -2:]  # the last row begins, or runs on, beyond the end
+    if config.long_documents == "continue":
+        positions = list(range(0, stream.tokens - row_tokens, row_tokens))
+    else:
+        while positions[-1] < stream.tokens:
+            positions.append(training_row(stream, positions[-1], row_tokens, config)[-1])
+        # The last row begins, or runs on, beyond the end.
+        del positions[-1 if positions[-1] == stream.tokens else -2:]
     return np.random.default_rng((config.seed, epoch)).permutation(positions).tolist()
 
 

@@ -1,147 +1,186 @@
-"""Is this machine ready? Each check is one line: ok, note, or mend with the command that mends it.
+"""Is this machine ready? A few checks that save money, one line each: ok, or mend with what mends it.
 
     ./run.sh doctor                                # what ./run.sh would run here
     python records/doctor.py --preset gpt2         # another recipe; options are those of train_gpt2.py
 
-Exit status 0 where nothing must be mended, else 1.
+On a machine without a GPU that is `tiny`, and a line says what more a GPU needs. Exit status 1 if there is
+anything to mend.
 """
 
-import os
+import glob
+import math
 import shutil
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
+INSTALL = "python -m pip install -r requirements.txt"
 try:
     import timing
     import torch
 
     import train_gpt2
-except Exception as error:  # a missing package, a Python that is too old
-    sys.exit(f"mend  software: Python {sys.version.split()[0]} cannot import the trainer: {error}; with Python 3.10 or "
-             "newer: python -m pip install -r requirements.txt")
+except Exception as error:  # noqa: BLE001 - a missing package, a Python that is too old
+    sys.exit(f"mend software: Python {sys.version.split()[0]} cannot import the trainer: {error}; with Python 3.10 "
+             f"or newer: {INSTALL}")
+from train_gpt2 import Config, Processes, UserError, preset_values
 
 GIB = 2**30
-found = []
+MADE = {Config.train_files: "./run.sh fetches it, 200 MB a shard: python data/fineweb.py 10",
+        preset_values("tiny")["train_files"]: "./run.sh makes it of Python's sources: python data/text.py"}
 
 
-def say(verdict, what, text):
-    found.append(verdict)
-    print(f"{verdict:5} {what}: {text}")
+def relative_error(found, expected):
+    found, expected = (part.detach().double().cpu() for part in (found, expected))
+    return float((found - expected).norm() / expected.norm())
 
 
-def check_software():
-    wanted = (HERE.parent / "requirements.txt").read_text().split("torch==")[1].split()[0]
-    verdict = "ok" if torch.__version__.startswith(wanted) else "note"
-    say(verdict, "software", f"Python {sys.version.split()[0]}, torch {torch.__version__} (requirements.txt has {wanted})")
+def needs_mending(is_bad, text):
+    if is_bad:
+        raise UserError(text)
+    return text
 
 
-def check_gpus(on_gpu):
-    if not on_gpu:
-        say("note", "GPU", "none that torch can use: ./run.sh trains `tiny` on the CPU; gpt2 needs NVIDIA GPUs with a "
-                           "driver for CUDA 13")
-        return
-    for number in range(torch.cuda.device_count()):
-        properties = torch.cuda.get_device_properties(number)
-        say("ok", f"GPU {number}", f"{properties.name}, {properties.total_memory / GIB:.1f} GiB, capability "
-                                   f"{properties.major}.{properties.minor}")
-    if shutil.which("nvidia-smi"):
-        asked = ["nvidia-smi", "--query-gpu=clocks_event_reasons.active,driver_version", "--format=csv,noheader"]
-        told = subprocess.run(asked, capture_output=True, text=True)
-        say("ok" if told.returncode == 0 else "note", "driver", " / ".join(told.stdout.split("\n")).strip(" /") or told.stderr[:80])
+# In: the config, and how many GPUs torch sees. Out: what was found. Each raises UserError, or anything
+# else, for what must be mended.
 
 
-def check_config(config, world):
-    try:
-        device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-        train_gpt2.for_device(config, train_gpt2.Processes(0, world, device))
-        say("ok", "settings", f"--preset {config.preset}, {world} process(es)")
-    except train_gpt2.UserError as error:
-        say("mend", "settings", str(error))
+def software(config, gpus):
+    pins = (HERE.parent / "requirements.txt").read_text(encoding="utf-8")
+    wanted, found = pins.split("torch==")[1].split()[0], torch.__version__.split("+")[0]
+    tried = found.startswith(("2.11.", "2.12.", "2.13."))
+    return needs_mending(not tried, f"Python {sys.version.split()[0]}, torch {torch.__version__}, pinned is {wanted}"
+                         + f": {INSTALL}" * (not tried))
 
 
-def check_data(config, on_gpu):
-    try:
-        data = train_gpt2.open_data(config)
-        say("ok", "data", f"{data.train.tokens:,} training tokens, {data.val.tokens:,} validation tokens")
-    except train_gpt2.UserError as error:
-        by_itself = config.train_files in (train_gpt2.Config.train_files, train_gpt2.preset_values("tiny")["train_files"])
-        missing = str(error).startswith("no shard")
-        say("note" if missing and by_itself else "mend", "data",
-            "./run.sh fetches or makes it" if missing and by_itself else str(error))
+def graphics(config, gpus):
+    listed = subprocess.getoutput("nvidia-smi -L").count("GPU ") if shutil.which("nvidia-smi") else 0
+    if listed == gpus == 0 or config.device == "cpu":
+        full = Config(dtype="bfloat16")
+        need = timing.needed_memory(full, timing.model_sizes(full, 50257), 1) / GIB
+        return (f"none is used; --preset {config.preset} trains on this CPU; gpt2 needs NVIDIA GPUs, a driver for "
+                f"CUDA 13, and {need:.0f} GiB on one GPU, less with other settings (records/timing.py)")
+    sees = torch.cuda.device_count()
+    needs_mending(sees < listed, f"the driver lists {listed} GPUs, torch {torch.__version__} sees {sees}: unset "
+                  "CUDA_VISIBLE_DEVICES, or install a torch for this driver")
+    torch.cuda.init()  # raises where they are listed, but cannot be used
+    return f"{gpus} x {torch.cuda.get_device_name()}"
 
 
-def check_disk(config, on_gpu):
-    folder = Path(config.out)
-    while not folder.exists():
-        folder = folder.parent
-    free, needed = shutil.disk_usage(folder).free / GIB, 20 if on_gpu else 2
-    say("ok" if free > needed else "mend", "disk", f"{free:.0f} GiB free at {folder.resolve()}, {needed} are enough")
-    try:
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        say("mend", "disk", f"cannot write to {folder}: {error.strerror}; give another --out")
+def memory(config, gpus):
+    """And whether so many processes can share the rows of a step."""
+    config = train_gpt2.for_device(config, Processes(0, max(1, gpus), torch.device("cuda" if gpus else "cpu")))[0]
+    if not gpus:
+        return f"not predicted on a CPU; activations in {config.dtype}"
+    sizes = timing.model_sizes(config, timing.vocabulary_of(config)[0])
+    capacity = min(torch.cuda.mem_get_info(number)[0] for number in range(gpus))  # free, whoever has the rest
+    changes = timing.settings_that_fit(config, sizes, gpus, capacity)
+    return needs_mending(changes is None, timing.fit_line(config, sizes, gpus, capacity, changes))
 
 
-def check_attention():
-    """FlexAttention and the float8 head on the GPU against the CPU."""
-    generator = torch.Generator().manual_seed(0)
-    query, key, value = (torch.randn(1, 2, 512, 64, generator=generator) for _ in range(3))
-    starts = torch.rand(1, 512, generator=generator) < 0.01
-    first_key = train_gpt2.first_visible_key(starts, 200)
-    expected = train_gpt2.attention(query, key, value, train_gpt2.span_mask(first_key))
-    mask, parts = train_gpt2.block_mask(first_key.cuda()), [part.cuda().bfloat16() for part in (query, key, value)]
-    attention = torch.compile(train_gpt2.attention, dynamic=False)
-    error = (attention(*parts, mask).float().cpu() - expected).abs().max().item()
-    say("ok" if error < 0.05 else "mend", "attention", f"largest error on the GPU {error:.4f}, below 0.05 expected")
-    if torch.cuda.get_device_capability() >= (8, 9):
-        kind = torch.float8_e4m3fn
-        a, b = (train_gpt2.to_float8(x[0, 0].cuda(), 0.02, kind) for x in (query, key))
-        product = train_gpt2.float8_product(a, b, 4e-4, torch.bfloat16).float().cpu()
-        error = (product - query[0, 0] @ key[0, 0].T).abs().max().item() / product.abs().max().item()
-        say("ok" if error < 0.1 else "mend", "float8", f"largest relative error of a product {error:.3f}, below 0.1 expected")
+def data(config, gpus):
+    if config.train_files in MADE and not glob.glob(config.train_files):
+        return f"none yet: {MADE[config.train_files]}"
+    found = train_gpt2.open_data(config)
+    return f"{found.train.tokens:,} training tokens, {found.val.tokens:,} for validation, enough for the run"
 
 
-def check_exchange(count):
-    """All-reduce over the GPUs, in processes of their own."""
-    code = ("import os, torch, torch.distributed as d; r = int(os.environ['LOCAL_RANK']); torch.cuda.set_device(r); "
-            "d.init_process_group('nccl', device_id=torch.device('cuda', r)); x = torch.ones(1 << 24, device='cuda'); "
-            "d.all_reduce(x); assert x[0] == d.get_world_size(); d.destroy_process_group()")
-    with tempfile.NamedTemporaryFile("w", suffix=".py") as file:
-        file.write(code)
-        file.flush()
-        words = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}", file.name]
-        try:
-            done = subprocess.run(words, capture_output=True, text=True, timeout=180)
-            failed = done.stderr.strip().splitlines()[-1:] if done.returncode else []
-        except subprocess.TimeoutExpired:
-            failed = ["no answer within 180 s"]
-    say("mend" if failed else "ok", "exchange", f"all-reduce over {count} GPUs" + "".join(f" fails: {line}" for line in failed))
+def disk(config, gpus):
+    out = Path(config.out).absolute()
+    folder = next(parent for parent in (out, *out.parents) if parent.exists())
+    tempfile.TemporaryFile(dir=folder).close()
+    config = replace(config, dtype="bfloat16" if config.dtype == "auto" else config.dtype)
+    sizes = timing.predicted_memory(config, timing.model_sizes(config, timing.vocabulary_of(config)[0]), 1)
+    need = (sizes["weights"] + sizes["optimizer"]) * (config.keep + 1 if config.save_every else 1) / GIB
+    free = shutil.disk_usage(folder).free / GIB
+    return needs_mending(free < need, f"{free:.1f} GiB free in {folder}, a run writes up to {need:.1f}"
+                         + "; make room, or name another place with --out" * (free < need))
+
+
+def attention(config, gpus):
+    """Output and gradients, where there is a GPU those of FlexAttention, against a dense softmax."""
+    draw, window = torch.Generator().manual_seed(0), 200
+    starts, dtype = torch.rand(2, 1024, generator=draw) < 0.01, torch.bfloat16 if gpus else torch.float32
+    parts = [torch.randn(2, 2, 1024, config.width // config.heads, generator=draw) for _ in range(4)]
+    parts[0] *= parts[0].shape[-1] ** -0.5
+    place, document = torch.arange(1024), starts.cumsum(1)
+    seen = (place[:, None] >= place) & (place[:, None] - place <= window)
+    seen = seen & (document[:, :, None] == document[:, None])
+    exact = [part.clone().requires_grad_() for part in parts[:3]]
+    moved = [part.to("cuda" if gpus else "cpu", dtype, copy=True).requires_grad_() for part in parts[:3]]
+    expected = (exact[0] @ exact[1].mT).masked_fill(~seen[:, None], -torch.inf).softmax(-1) @ exact[2]
+    first_key = train_gpt2.first_visible_key(starts.to(moved[0].device), window)
+    mask = train_gpt2.block_mask(first_key) if gpus else train_gpt2.span_mask(first_key)
+    found = train_gpt2.compiled_if(gpus > 0, train_gpt2.attention)(*moved, mask)
+    for output in (expected, found):
+        output.backward(parts[3].to(output))
+    pairs = [(found, expected), *((one.grad, other.grad) for one, other in zip(moved, exact, strict=True))]
+    worst = max((relative_error(*pair) for pair in pairs), key=lambda error: (math.isnan(error), error))
+    return needs_mending(not worst < 0.02, f"off by {worst:.1e} from a dense softmax, at most 2e-02")
+
+
+def float8_head(config, gpus):
+    """Loss and gradients, against products in bfloat16."""
+    draw, device, results = torch.Generator().manual_seed(0), "cuda" if gpus else "cpu", []
+    hidden = torch.randn(512, config.width, generator=draw).to(device, torch.bfloat16)
+    head = (config.width**-0.5 * torch.randn(1024, config.width, generator=draw)).to(device)
+    targets = torch.randint(-1, 1024, (512, 1), generator=draw).to(device)
+    narrow = train_gpt2.to_float8(head, train_gpt2.HEAD_UNIT, torch.float8_e4m3fn)
+    for weights, transposed in ((head.bfloat16(), None), (narrow, narrow.mT.contiguous())):
+        results.append(train_gpt2.compiled_if(gpus > 0, train_gpt2.chunk_loss)(
+            hidden, weights, transposed, targets, [torch.ones(())], config.softcap, True))
+    loss, _, *gradients = map(relative_error, results[1], results[0])
+    good = loss < 0.01 and all(error < 0.15 for error in gradients)
+    return needs_mending(not good, f"loss off by {loss:.1e}, gradients by {max(gradients):.1e}, at most 1e-02 and "
+                         "1.5e-01" + "; give --head-dtype wide" * (not good))
+
+
+def exchange_one(rank, world, folder, on_gpu):
+    """One process of an all-reduce."""
+    device = torch.device("cuda", rank) if on_gpu else torch.device("cpu")
+    torch.distributed.init_process_group(
+        "nccl" if on_gpu else "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world,
+        device_id=device if on_gpu else None, timeout=timedelta(seconds=60))
+    ones = torch.ones(2**24, device=device)
+    torch.distributed.all_reduce(ones)
+    if not bool((ones == world).all()):
+        raise ArithmeticError(f"the sum of {world} ones is {ones[0].item()}")
+    torch.distributed.destroy_process_group()
+
+
+def exchange(config, gpus):
+    with tempfile.TemporaryDirectory() as folder:
+        world = gpus or 2
+        torch.multiprocessing.spawn(exchange_one, (world, folder, gpus > 0), world)
+    return f"all-reduce over {world} processes"
 
 
 def main(arguments=None):
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    on_gpu = torch.cuda.is_available()
-    if not on_gpu and not any(word.startswith(("--preset", "--resume")) for word in words):
+    """The command line. Returns the exit status. Raises UserError for bad options."""
+    words, bad = list(sys.argv[1:] if arguments is None else arguments), 0
+    if {"-h", "--help"} & {*words}:
+        print(__doc__)
+    if not torch.cuda.device_count() and not any(word.startswith(("--preset", "--resume")) for word in words):
         words += ["--preset", "tiny"]  # as run.sh does
     config = train_gpt2.parse_command_line(words)
-    check_software()
-    check_gpus(on_gpu)
-    check_config(config, torch.cuda.device_count() if on_gpu and config.preset != "tiny" else 1)
-    check_data(config, on_gpu)
-    check_disk(config, on_gpu)
-    if on_gpu:
-        timing.main(["--fit", *words])
-        check_attention()
-        if torch.cuda.device_count() > 1:
-            check_exchange(torch.cuda.device_count())
-    else:
-        say("ok", "processor", f"{os.cpu_count()} cores, bfloat16 {torch.cpu._is_avx512_bf16_supported()}")
-    print("mend first what says so" if "mend" in found else "ready")
-    return 1 if "mend" in found else 0
+    gpus = 0 if config.device == "cpu" else torch.cuda.device_count()
+    gpus = min(1, gpus) if config.preset == "tiny" else gpus  # as run.sh does
+    has_float8 = gpus and config.head_dtype != "wide" and torch.cuda.get_device_capability() >= (8, 9)
+    for check in (software, graphics, memory, data, disk, attention, *[float8_head] * has_float8,
+                  *[exchange] * (gpus > 1)):
+        try:
+            print(f"ok   {check.__name__}: {check(config, gpus)}", flush=True)
+        except (Exception, UserError) as error:  # noqa: BLE001
+            bad += 1
+            what = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+            print(f"mend {check.__name__}: {what}{' '.join(str(error).split())[-400:]}", flush=True)
+    print("ready to train" if not bad else f"{bad} to mend")
+    return int(bad > 0)
 
 
 if __name__ == "__main__":

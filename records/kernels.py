@@ -4,9 +4,9 @@
     python records/kernels.py --preset tiny                         # on a CPU: operators in place of kernels
 
 Options are those of train_gpt2.py, --stage N (default 2, the last before the extension) and --trace FILE (for
-ui.perfetto.dev). Rows come from --train-files where these exist, else they are made up. Four steps compile; then the
-profiler sees two whole periods of Adam. Times are torch.profiler's own, per step. Idle time is what lies between the
-first and the last kernel and in no kernel.
+ui.perfetto.dev). Rows come from --train-files where these exist, else they are made up. Four steps compile;
+then torch.profiler sees two periods of Adam, of which the second counts: by then the host has run ahead, as in
+training. Times are per step. Idle is the part between the first and the last kernel that is in none.
 """
 
 import argparse
@@ -17,43 +17,69 @@ from collections import Counter
 from contextlib import closing
 from pathlib import Path
 
-from torch.profiler import ProfilerActivity, profile
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile, record_function
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 import timing
 
 import train_gpt2
-from train_gpt2 import UserError
 
 COMPILING = 4  # steps before the profiler
-KINDS = (  # the first that a kernel's name matches
-    ("attention", "flex|attention|flash|sdpa|softmax"), ("matrix products", "gemm|mm|cutlass|nvjet|cublas|linear|matmul|addbmm"),
-    ("loss", "logsumexp|tanh|log_softmax|float8|e4m3|e5m2|gather"), ("tables", "embedding|index|scatter|sort|radix|unique"),
-    ("copies and fills", "memcpy|memset|copy|fill|zero|_to_"), ("optimizer", "lerp|foreach|sqrt|rsqrt"),
-    ("norms and other pointwise work", ""))
+MARKED = ((train_gpt2.ChunkedLoss, "apply", "loss"), (train_gpt2, "apply_updates", "optimizer"))
+MARKS = ("steps that count", "loss", "optimizer")  # the profiler draws them on the device's own row, too
+COPIES = "^Memcpy|^Memset|FillFunctor|copy_kernel|aten::(copy_|fill_|zero_)$"
+KINDS = {  # the first that a name matches, case and all; products of the loss are products
+    "attention": "flex_attention|scaled_dot_product|flash",
+    "matrix products": "nvjet|gemm|cutlass|splitK|aten::(mm|bmm|addmm|baddbmm|_scaled_mm)$",
+    "copies and fills": COPIES,
+    "communication": "nccl",
+    "tables": "embedding|ndex|gather|scatter|[sS]ort|grad_weight|krn_|unique|scan_|cummax"}
 
 
-def kind_of(name):
-    return next(kind for kind, pattern in KINDS if re.search(pattern, name.lower()))
+def kind_of(name: str, marks: set[str]) -> str:
+    """Of a kernel that runs inside these marks."""
+    if "optimizer" in marks:
+        return "optimizer"
+    kind = next((kind for kind, pattern in KINDS.items() if re.search(pattern, name)), None)
+    if "loss" in marks and kind != "matrix products":
+        return "loss"
+    return kind or "norms and other pointwise"
 
 
-def busy_time(spans):
-    """Time in which at least one of the (begin, end) spans runs."""
-    busy, reached = 0.0, -float("inf")
-    for begin, end in sorted(spans):
-        busy, reached = busy + max(0.0, end - max(begin, reached)), max(reached, end)
-    return busy
+def summary(events: list, steps: int) -> tuple[list[tuple[str, float, float, float]], float]:
+    """(kind or kernel, ms per step, share, calls per step), and the idle share, of profiler events."""
+    gpu = [event for event in events if event.device_type == DeviceType.CUDA]
+    events = gpu or [event for event in events if event.device_type == DeviceType.CPU]
+    spans = {mark: [e.time_range for e in events if e.name == mark] for mark in MARKS}
+    counted, times, calls, busy, end = spans[MARKS[0]][0], Counter(), Counter(), 0.0, 0.0
+    run = [e for e in events if e.name not in MARKS and counted.start <= e.time_range.start < counted.end]
+    kernels = [e.time_range for e in run if not re.search(COPIES, e.name)]  # a prefetch may run before
+    begin, last = min(t.start for t in kernels), max(t.end for t in kernels)
+    for event in sorted(run, key=lambda e: e.time_range.start):
+        at = event.time_range
+        marks = {mark for mark in MARKS for span in spans[mark] if span.start <= at.start < span.end}
+        own = at.elapsed_us() if gpu else event.self_cpu_time_total  # operators without those they call
+        for name in (kind_of(event.name, marks), f"  {event.name[:70]}"):
+            times[name] += own / 1000 / steps
+            calls[name] += 1 / steps
+        busy += max(0.0, min(at.end, last) - max(at.start, begin, end))
+        end = max(end, at.end)
+    whole = sum(time for name, time in times.items() if name[0] != " ")
+    ranked = times.most_common()
+    names = [pair[0] for pair in ranked if pair[0][0] != " "] + [pair[0] for pair in ranked if pair[0][0] == " "][:10]
+    return [(name, times[name], times[name] / whole, calls[name]) for name in names], 1 - busy / (last - begin)
 
 
-def recorded(config, stage, processes):
-    """The profile of two periods of Adam in one stage, and its steps. Raises UserError."""
+def recorded(config: train_gpt2.Config, stage: int, processes: train_gpt2.Processes) -> tuple[profile, int]:
+    """The profile, and how many of its steps count. Raises UserError."""
     config, float8, compiled = train_gpt2.for_device(config, processes)
     stretch = next((part for part in timing.stretches(config) if stage in part.stages), None)
     if stretch is None:
-        raise UserError(f"--stage {stage} has no step in a run of --steps {config.steps}")
-    counted = 2 * config.adam_every
-    steps = stretch.steps(COMPILING + counted, config.adam_every)
+        raise train_gpt2.UserError(f"--stage {stage} has no step in a run of --steps {config.steps}")
+    period = config.adam_every
+    steps = stretch.steps(COMPILING + 2 * period, period)
     activities = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * (processes.device.type == "cuda")]
     with tempfile.TemporaryDirectory() as folder:
         stream, rows = timing.open_rows(config, folder)
@@ -61,51 +87,36 @@ def recorded(config, stage, processes):
         model = train_gpt2.GPT(config, stream.vocabulary, float8, compiled).to(processes.device)
         groups = train_gpt2.optimizer_groups(model, processes)
         batches = timing.stretch_batches(stream, config, stretch.stages[0], len(steps), processes)
-        with closing(batches):
-            for step in steps[:COMPILING]:
+
+        def run(some: list[int]) -> None:
+            for step in some:
                 train_gpt2.train_step(model, groups, next(batches), step)
+
+        with closing(batches), timing.watched(record_function, MARKED):
+            run(steps[:COMPILING])
             processes.synchronize()
             with profile(activities=activities) as seen:
-                for step in steps[COMPILING:]:
-                    train_gpt2.train_step(model, groups, next(batches), step)
+                run(steps[COMPILING:-period])
+                with record_function(MARKS[0]):
+                    run(steps[-period:])
                 processes.synchronize()
-    return seen, counted
+    return seen, period
 
 
-def summary(seen, counted):
-    """Rows of (kind or kernel, ms per step, share, calls per step), and the share of idle time."""
-    averages = seen.key_averages()
-    on_device = any(average.self_device_time_total for average in averages)
-    times = {a.key: ((a.self_device_time_total if on_device else a.self_cpu_time_total) / 1000 / counted, a.count / counted)
-             for a in averages if not on_device or "CUDA" in str(a.device_type)}
-    total = sum(time for time, _ in times.values()) or 1.0
-    kinds = Counter()
-    for name, (time, _) in times.items():
-        kinds[kind_of(name)] += time
-    rows = [(kind, time, time / total, sum(n for name, (_, n) in times.items() if kind_of(name) == kind))
-            for kind, time in kinds.most_common()]
-    costliest = sorted(times.items(), key=lambda pair: -pair[1][0])[:10]
-    rows += [("  " + name[:70], time, time / total, calls) for name, (time, calls) in costliest]
-    spans = [(event.time_range.start, event.time_range.end) for event in seen.events()
-             if ("CUDA" in str(event.device_type)) == on_device]
-    whole = max(end for _, end in spans) - min(begin for begin, _ in spans)
-    return rows, 1 - busy_time(spans) / whole if on_device else None
-
-
-def main(arguments=None):
+def main(arguments: list[str] | None = None) -> list:
     """The command line. Returns the rows."""
-    parser = train_gpt2.Parser(usage="python records/kernels.py [--stage N] [--trace FILE] [OPTIONS of train_gpt2.py]",
-                               description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = train_gpt2.Parser(usage="python records/kernels.py [OPTIONS] [OPTIONS of train_gpt2.py]",
+                               description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                               allow_abbrev=False)
     parser.add_argument("--stage", type=int, default=2, metavar="N")
     parser.add_argument("--trace", metavar="FILE")
     options, rest = parser.parse_known_args(sys.argv[1:] if arguments is None else arguments)
     config = train_gpt2.parse_command_line(rest)
     seen, counted = recorded(config, options.stage, train_gpt2.start_processes(config))
-    rows, idle = summary(seen, counted)
+    rows, idle = summary(seen.events(), counted)
     print(timing.aligned([["kind, then the ten costliest", "ms/step", "share", "calls/step"], *(
         [name, f"{time:.3f}", f"{100 * share:.1f} %", f"{calls:g}"] for name, time, share, calls in rows)]))
-    if idle is not None:
-        print(f"idle between the first and the last kernel: {100 * idle:.1f} %")
+    print(f"idle between the first and the last: {100 * idle:.1f} %")
     if options.trace:
         seen.export_chrome_trace(options.trace)
     return rows

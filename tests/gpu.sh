@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What only a GPU can show, in one command: tests, step times, a short run, the costliest kernels. It installs nothing.
+# What only a GPU can show, in one command: step times, kernels, short runs, tests. It installs nothing.
 #
 #   tests/gpu.sh [--corpus DIR] [--out DIR] [--only STEP,...] [--peers DIR] [--patience N] [--device cpu]
 #
@@ -7,10 +7,11 @@
 #   --out       where logs and the table go (default logs/gpu-DATE)
 #   --only      some of: compile, time-five-minute, time-gpt2, kernels, train-five-minute, train-gpt2, tests, peers
 #   --peers     files *.args, each with options of records/bench.py, one a line, as seen from that folder
-#   --patience  limits times N: they add up to eight minutes (ten more for each comparison)
+#   --patience  limits times N: all of it takes eight minutes at most (ten more for each comparison)
 #   --device    cpu: the same steps in small, to try this script
 #
-# Each step has a limit and a log of its own; what fails hides nothing of the rest. Exit status 1 if a step has failed.
+# Each step has a limit and a log of its own; what fails hides nothing of the rest, but for the last steps when time is
+# up. Exit status 1 if a step has failed.
 set -uo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 corpus="" out="" only="" peers="" patience=1 device=cuda
@@ -70,36 +71,40 @@ step() {  # name, limit in seconds, how sed finds its figures in the log, comman
     local name=$1 limit=$2 figures=$3 log=$out/$1.log begin=$SECONDS state=ok status
     shift 3
     [[ -z "$only" || ",$only," == *",${name/peers-*/peers},"* ]] || return 0
-    echo "==> $name"
-    timeout --kill-after=20 "$(awk "BEGIN { print $limit * $patience }")" "$@" >"$log" 2>&1
+    limit=$(awk -v name="$name" "BEGIN { limit = $limit * $patience; left = 480 * $patience - $SECONDS
+        print (name ~ /^peers/ || limit < left) ? limit : (left > 1 ? left : 1) }")
+    echo "==> $name, at most $limit s"
+    timeout --kill-after=20 "$limit" "$@" >"$log" 2>&1
     status=$?
     case $status in 0) ;; 124 | 137) state=TIMEOUT failed=1 ;; *) state=FAILED failed=1 ;; esac
     rows+=("$(printf '%-18s %-8s %4d  %s' "$name" $state $((SECONDS - begin)) \
         "$(sed -nE "$figures" "$log" | tr -s ' ' | paste -sd';' | cut -c1-150)")")
     [[ $state == ok ]] || rows+=("$(printf '%-34s%s' "" "see $log: $(tail -n 1 "$log" | cut -c1-400)")")
 }
-times='s/^(compiled in [0-9.]+ s|ms\/step  .*)(, untimed)?$/\1/p'
+times='s/^(compiled in [0-9.]+ s|ms\/step .*)$/\1/p'
 verdict='s/^verdict: (.*)/\1/p'
 
-# Both recipes compile side by side, which takes processors and not the card; then everything that is timed has the card
-# to itself, and finds its kernels on disk. The tests come last.
+# Both recipes compile side by side, gpt2's stages in two halves, which takes processors and not the card; then what is
+# timed has the card to itself, and finds its kernels on disk. The tests come last.
 timing=("${launch[@]}" records/timing.py "${sizes[@]}" "${data[@]}")
-step compile 200 "$times" bash -c '"$@" --preset five-minute --timed-steps 0 & "$@" --timed-steps 0; status=$?; wait $! && exit $status' \
+step compile 200 "$times" bash -c '"$@" --timed-steps 0 --stages 0,1 &
+    "$@" --timed-steps 0 --preset five-minute && "$@" --timed-steps 0 --stages 2,3; status=$?; wait $! && exit $status' \
     compile "${timing[@]}"
-step time-five-minute 50 "$times" "${timing[@]}" --preset five-minute --json "$out/five-minute.json"
-step time-gpt2 70 "$times" "${timing[@]}" --json "$out/gpt2.json"
-step kernels 50 's/^(idle .*%|matrix .*|attention .*).*/\1/p' "$python" records/kernels.py "${sizes[@]}" "${data[@]}"
+step time-five-minute 60 "$times" "${timing[@]}" --preset five-minute --json "$out/five-minute.json"
+step time-gpt2 90 "$times" "${timing[@]}" --json "$out/gpt2.json"
+step kernels 60 's/^(idle .*%|matrix .*|attention .*).*/\1/p' "$python" records/kernels.py "${sizes[@]}" "${data[@]}"
 for preset in five-minute gpt2; do
     if [[ -n "$corpus" ]]; then
-        step train-$preset 60 's/.* val_loss:([0-9.naif]+) train_time:([0-9]+)ms.*/\1 at \2 ms/p' \
-            "${launch[@]}" train_gpt2.py --preset $preset "${sizes[@]}" "${data[@]}" "${run[@]}" --repeat true --out "$scratch/$preset"
+        step train-$preset 80 's/.* val_loss:([0-9.naif]+) train_time:([0-9]+)ms.*/\1 at \2 ms/p' \
+            "${launch[@]}" train_gpt2.py --preset $preset "${sizes[@]}" "${data[@]}" "${run[@]}" --repeat true \
+            --out "$scratch/$preset"
         cp "$scratch/$preset"/*/log.txt "$out/$preset.txt" 2>/dev/null
         cp "$scratch/$preset"/*/metrics.jsonl "$out/$preset.jsonl" 2>/dev/null
     elif [[ -z "$only" || ",$only," == *,train-$preset,* ]]; then
-        rows+=("train-$preset  skipped        no --corpus")
+        rows+=("$(printf '%-18s %-8s %4s  %s' "train-$preset" skipped "" "no --corpus")")
     fi
 done
-step tests 120 's/^=* ?([0-9].*(passed|failed|error|skipped).*) in .*/\1/p' \
+step tests 300 's/^=* ?([0-9].*(passed|failed|error|skipped).*) in .*/\1/p' \
     "$python" -m pytest -v -rs --tb=short -p no:cacheprovider ${parallel[@]+"${parallel[@]}"} "${tests[@]}"
 for file in ${peers:+"$peers"/*.args}; do
     mapfile -t arguments <"$file"

@@ -1,37 +1,18 @@
 """Parts of the model and first values, what a state depends on, the loss in chunks and in float8, compiled parts."""
 
-import math
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from test_techniques import FIVE_LAYERS, bigram_row, norm, sigmoid
+from test_techniques import FIVE_LAYERS, bigram_row
 from tools import random_batch, small_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_gpt2
 from train_gpt2 import (
-    GPT,
-    GRADIENT_UNIT,
-    HEAD_UNIT,
-    HIDDEN_UNIT,
-    ChunkedLoss,
-    Config,
-    attention,
-    bigram_rows,
-    chunk_loss,
-    offset_keys,
-    phase_at,
-    rms_norm,
-    rotary,
-    rotary_tables,
-    smear,
-    softcap,
-    to_float8,
-    wide,
-    yarn,
-)
+    GPT, GRADIENT_UNIT, HEAD_UNIT, HIDDEN_UNIT, ChunkedLoss, Config, attention, bigram_rows, chunk_loss, phase_at,
+    to_float8, wide)
 
 
 def loss_of(model: GPT, batch, step: int = 0) -> torch.Tensor:
@@ -45,32 +26,6 @@ def gradients(model: GPT) -> dict[str, torch.Tensor]:
 # ---- parts ------------------------------------------------------------------------------------------------
 
 
-def test_rms_norm_adds_the_given_epsilon():
-    draw = torch.Generator().manual_seed(0)
-    x = torch.randn(50, 12, dtype=torch.float64, generator=draw) * torch.logspace(-4, 1, 50).double()[:, None]
-    for epsilon in (2.0**-7, 2.0**-23, 0.5):
-        torch.testing.assert_close(rms_norm(x, epsilon), norm(x, epsilon), rtol=1e-14, atol=0)
-        narrow = rms_norm(x.bfloat16(), epsilon)
-        assert narrow.dtype == torch.bfloat16
-        torch.testing.assert_close(narrow.double(), norm(x.bfloat16().double(), epsilon), rtol=2**-8, atol=0)
-
-
-@pytest.mark.parametrize("share", [0.5, 1.0])
-def test_rotary_products_depend_on_the_distance_only(share):
-    frequencies, _ = yarn(0, Config(width=32, heads=2, rotary_share=share))
-    cosine, sine = rotary_tables(frequencies, 200, torch.float64)
-    assert cosine.shape == sine.shape == (200, 8 * share)
-    query, key = torch.randn(2, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    query, key = (rotary(x.expand(1, 200, 1, 16), cosine[:, None], sine[:, None])[0, :, 0] for x in (query, key))
-    products = query @ key.T
-    for distance in (0, 1, 37, 150):
-        along = products.diagonal(-distance)
-        torch.testing.assert_close(along, along[:1].expand_as(along), rtol=1e-10, atol=1e-10)
-    turning = int(16 * share)
-    assert products[:, 0].std() > 0.1 and (query[1:, :turning] != query[:1, :turning]).all()
-    assert torch.equal(query[:, turning:], query[:1, turning:].expand(200, -1))  # the others stay still
-
-
 def test_bigram_rows():
     tokens = torch.tensor([[50256, 464, 2068, 7586, 21831, 50256, 11]], dtype=torch.int32)
     expected = [251519, 204580, 28927, 57630, 129154, 77266, 141340]  # as record 62 has them
@@ -78,31 +33,13 @@ def test_bigram_rows():
         assert bigram_rows(tokens[:, :count], 251_520).tolist() == [expected[:count]]
     inputs = random_batch(3, 500, 50257).inputs
     for rows in (320, 251_520):
-        found = bigram_rows(inputs, rows)
-        for row, tokens in zip(found.tolist(), inputs.tolist(), strict=True):
+        for row, tokens in zip(bigram_rows(inputs, rows).tolist(), inputs.tolist(), strict=True):
             pairs = zip(tokens[2:], tokens[1:], strict=False)
             assert row[0] == rows - 1 and row[2:] == [bigram_row(*pair, rows) for pair in pairs]
-        assert 0 <= found.min() and found.max() == rows - 1
+            assert 0 <= min(row) and max(row[1:]) < rows - 1
 
 
-def test_smear_and_key_offset_look_back_everywhere_but_at_the_start():
-    draw = torch.Generator().manual_seed(0)
-    x, keys = (torch.randn(*shape, dtype=torch.float64, generator=draw) for shape in ((2, 9, 16), (2, 9, 3, 8)))
-    weight, gate_weight = torch.tensor(0.7).double(), torch.randn(12, dtype=torch.float64, generator=draw)
-    smeared, offset = x.clone(), keys.clone()
-    for t in range(1, 9):
-        smeared[:, t] += 0.7 * sigmoid(x[:, t, :12] @ gate_weight)[:, None] * x[:, t - 1]
-        offset[:, t, :, 6:] = keys[:, t - 1, :, 6:]
-    torch.testing.assert_close(smear(x, weight, gate_weight), smeared, rtol=1e-6, atol=0)
-    assert torch.equal(offset_keys(keys, 6), offset)
-
-
-def test_softcap_is_a_logistic_function_and_this_is_its_derivative():
-    z = torch.linspace(-60, 60, 4001, dtype=torch.float64, requires_grad=True)
-    found, derivative = softcap(z, Config().softcap)
-    torch.testing.assert_close(found + 11.5, 23 * sigmoid((z + 5) / 7.5), rtol=0, atol=1e-13)
-    expected, = torch.autograd.grad(found.sum(), z)
-    torch.testing.assert_close(derivative, expected, rtol=1e-9, atol=1e-14)
+NO_LAYERS = dict(paired_layers=(), short_layers=(), attention_free=(), value_layers=(), gated_skip=(), backout=())
 
 
 def test_logits_are_capped_and_leave_the_padding_out():
@@ -110,12 +47,9 @@ def test_logits_are_capped_and_leave_the_padding_out():
     for height in (30.0, 0.0):
         model = small_model(spread=4.0, softcap=(height, 30.0, 0.0))
         raw = hidden @ model.head[:50].T
-        assert model.head.shape[0] == 64 and raw.abs().max() > 40
         expected = 30 * torch.tanh(raw / 30) if height else raw
+        assert model.head.shape[0] == 64 and raw.abs().max() > 40
         torch.testing.assert_close(model.logits(hidden), expected, rtol=1e-12, atol=1e-12)
-
-
-NO_LAYERS = dict(paired_layers=(), short_layers=(), attention_free=(), value_layers=(), gated_skip=(), backout=())  # in one layer
 
 
 # ---- first values -----------------------------------------------------------------------------------------
@@ -177,16 +111,6 @@ def test_dtypes_of_the_records(preset, matrices, head):
     assert loss_of(model, batch).dtype == model.logits(hidden).dtype == torch.float32
 
 
-@pytest.mark.parametrize("preset, vocabulary, padded, tolerance", [
-    ("five-minute", 50257, 50304, 1e-9), ("five-minute", 50304, 50304, 1e-9), ("five-minute", 65, 128, 1e-9),
-    ("gpt2", 1000, 1024, 0.01)])  # whose head starts small: no token is far ahead of another
-def test_loss_before_training_is_that_of_a_uniform_guess(preset, vocabulary, padded, tolerance):
-    model = small_model(vocabulary, preset=preset, width=8, layers=1, **NO_LAYERS)
-    batch = random_batch(1, 64, vocabulary)
-    next_token = model.loss(batch, phase_at(0, model.config))[1].item() / (batch.targets >= 0).sum().item()
-    assert model.head.shape[0] == padded and next_token == pytest.approx(math.log(padded), abs=tolerance)
-
-
 # ---- what a hidden state depends on -----------------------------------------------------------------------
 
 
@@ -212,49 +136,17 @@ def test_later_tokens_change_nothing_before_them(preset):
     assert preset == "gpt2" or not moved[30:, :30].any()  # nothing there looks over a border of documents
 
 
-ONE_LAYER = NO_LAYERS | dict(layers=1, smear=False, bigram=0, key_offset=False)
-
-
-@pytest.mark.parametrize("changes, reach, leaks", [
-    ({}, 9, []), (dict(paired_layers=(0,)), 5, []), (dict(smear=True), 10, None), (dict(bigram=5), 10, None),
-    (dict(attention_free=(0,), smear=True), 1, [[20, 19]]), (dict(attention_free=(0,), bigram=5), 1, [[20, 19]]),
-    # The key of token 20 leaks: the window after it sees it; for token 20 itself it is the only key.
-    (dict(key_offset=True), 10, [[t, 19] for t in range(21, 30)]),
-    (dict(key_offset=True, smear=True, bigram=5), 11, None)], ids=str)
-def test_reach_of_one_layer_within_a_document_and_over_its_border(changes, reach, leaks):
-    """Window 9; in a paired layer it counts two positions per token. The first token of a document takes
-    up the last one before it, as in the record, and no other does."""
-    model = small_model(preset="gpt2", spread=0.4, **ONE_LAYER | changes)
-    moved = influence(model, starts_at(), (9, 9))
-    assert moved[:, 20].nonzero().flatten().tolist() == list(range(20, 20 + reach + 1))
-    over = torch.zeros(48, 48, dtype=torch.bool)
-    over[20:, :20] = True
-    moved = influence(model, starts_at(20), (9, 9)) & over
-    assert leaks is None or moved.nonzero().tolist() == leaks
-
-
-@pytest.mark.parametrize("layers, window", [(1, 0), (1, 19), (3, 7), (3, 1)])
-def test_a_token_reaches_layers_times_window(layers, window):
-    moved = influence(small_model(spread=0.4, layers=layers), starts_at(), (window, window))
-    assert moved[:, 20].nonzero().flatten().tolist() == list(range(20, 20 + layers * window + 1))
-
-
-@pytest.mark.parametrize("preset", ["five-minute", "gpt2"])
-def test_recomputing_changes_memory_only(preset):
-    batch, outcomes, visits = random_batch(2, 64), [], []
-    for recompute in (False, True):
-        model = small_model(preset=preset, spread=0.4, recompute=recompute)
-        for block in model.blocks:
-            block.register_forward_pre_hook(lambda *_: visits.append(1))
-        loss = loss_of(model, batch)
-        loss.backward()
-        outcomes.append({"loss": loss.detach(), **gradients(model)})
-        assert len(visits) == len(model.blocks) * (2 if recompute else 1)
-        visits.clear()
+@pytest.mark.parametrize("recompute", [False, True])
+def test_recomputing_visits_blocks_twice(recompute):
+    """That the numbers stay the same is in test_optimizers."""
+    model, visits, batch = small_model(spread=0.4, recompute=recompute), [], random_batch(2, 64)
+    for block in model.blocks:
+        block.register_forward_pre_hook(lambda *_: visits.append(1))
     with torch.no_grad():
         loss_of(model, batch)
-    assert len(visits) == len(model.blocks)  # without gradients nothing is recomputed
-    torch.testing.assert_close(outcomes[0], outcomes[1], rtol=1e-12, atol=1e-12)
+    assert len(visits) == 4  # without gradients nothing is recomputed
+    loss_of(model, batch).backward()
+    assert len(visits) == 4 + (8 if recompute else 4)
 
 
 # ---- loss -------------------------------------------------------------------------------------------------
@@ -293,6 +185,8 @@ def test_loss_in_chunks_is_the_plain_one(weights, cap):
     expected = plain(hidden @ head.T, targets, weights, CAPS[cap])
     slopes = torch.autograd.grad(0.3 * expected[0], (hidden, head))
     assert (slopes[0][(targets < 0).all(1)] == 0).all()
+    nothing = chunked(hidden, head, torch.full_like(targets, -1), weights)[0]
+    assert nothing == 0 and (torch.autograd.grad(nothing, head)[0] == 0).all()
     for chunk in (1, 7, 40, 41, 1000):  # also a last one that is shorter
         found = chunked(hidden, head, targets, weights, chunk, CAPS[cap])
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
@@ -301,17 +195,6 @@ def test_loss_in_chunks_is_the_plain_one(weights, cap):
         with torch.no_grad():
             without = chunked(hidden, head, targets, weights, chunk, CAPS[cap], with_gradient=False)
         torch.testing.assert_close(without, expected, rtol=1e-12, atol=0)
-
-
-def test_gradients_of_the_loss_are_those_of_finite_differences():
-    hidden, head, targets = operands(tokens=7, columns=3)
-    assert torch.autograd.gradcheck(lambda x, w: chunked(x, w, targets, (0.7, 0.4, 0.1), 3)[0], (hidden, head))
-
-
-def test_loss_without_any_target_is_zero():
-    hidden, head, targets = operands()
-    loss, _ = chunked(hidden, head, torch.full_like(targets, -1))
-    assert loss.item() == 0 and all((slope == 0).all() for slope in torch.autograd.grad(loss, (hidden, head)))
 
 
 def test_loss_of_bfloat16_states_is_summed_in_float32():
@@ -330,24 +213,19 @@ def test_loss_of_bfloat16_states_is_summed_in_float32():
         assert deviation(slope, exact) < 0.004
 
 
-class LargestTensor(TorchDispatchMode):
-    """Notes the largest number of elements that any operation hands out."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, (tuple, list)) else [result]:
-            if isinstance(tensor, torch.Tensor):
-                self.elements = max(self.elements, tensor.numel())
-        return result
-
-
 def test_full_logits_never_exist():
-    hidden, head, targets = operands(tokens=240, width=4, vocabulary=30, columns=3)
-    with LargestTensor() as largest:
+    sizes, (hidden, head, targets) = [], operands(tokens=240, width=4, vocabulary=30, columns=3)
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            parts = result if isinstance(result, (tuple, list)) else [result]
+            sizes.extend(part.numel() for part in parts if isinstance(part, torch.Tensor))
+            return result
+
+    with Sizes():
         chunked(hidden, head, targets, (1.0, 0.5, 0.25), chunk=40)[0].backward()
-    assert largest.elements == 40 * 30  # the logits of one chunk, not 240 x 30
+    assert max(sizes) == 40 * 30  # the logits of one chunk, not 240 x 30
 
 
 # ---- the head in float8 -----------------------------------------------------------------------------------
@@ -412,15 +290,8 @@ def test_states_weights_and_gradients_beyond_the_range_saturate():
     far_head[5, 9], head[5, 9] = -40.0, -1.6
     near, far = (head_loss(*pair, targets, True) for pair in ((hidden, head), (far_hidden, far_head)))
     assert near[0] == far[0] and all(torch.equal(a, b) for a, b in zip(near[1:], far[1:], strict=True))
-    # A weight of 1000 makes gradients of up to 767; what is left of them is 96.
-    _, by_hidden, by_head = head_loss(hidden, head, targets, True, (1000.0,))
-    x, w = hidden.bfloat16().double(), head.bfloat16().double()
-    logits = (x @ w.T).requires_grad_()
-    slope, = torch.autograd.grad(plain(logits, targets, (1000.0,), CAPS["record 62"])[0], logits)
-    clipped = slope.clamp(-96, 96)
-    assert slope.abs().max() > 2 * 96 and by_hidden.isfinite().all() and by_head.isfinite().all()
-    assert deviation(by_hidden, clipped @ w) < 0.12 and deviation(by_head, clipped.T @ x) < 0.12
-    assert deviation(by_hidden, slope @ w) > 0.3  # the clip is what happened, and no small matter
+    _, by_hidden, by_head = head_loss(hidden, head, targets, True, (1000.0,))  # gradients of up to 767
+    assert by_hidden.isfinite().all() and by_head.isfinite().all() and (by_head != 0).any()
 
 
 def test_validation_never_takes_the_float8_head():

@@ -4,7 +4,6 @@ from dataclasses import asdict, fields
 
 import pytest
 import torch
-from tools import losses, run_here, small_model
 
 import train_gpt2
 from train_gpt2 import (GPT, PRESETS, TECHNIQUES, Config, Recipe, check_config, layer_plan, parse_command_line,
@@ -65,16 +64,3 @@ def test_larger_presets_are_the_same_recipe(preset):
     assert [layer.value_table for layer in plan if layer.value_table is not None] == [0, 1, 2, 0, 1]
 
 
-@pytest.mark.slow
-def test_a_sibling_of_gpt2_medium_trains(corpus, tmp_path):
-    sizes = dict(preset="gpt2-medium", width=32, heads=2, row_tokens="128,256,384", tokens_per_step="1024,2048,3072",
-                 steps=8, extension=0.25, window="64,96,128,160", window_short="16,32,48,64", window_final=200,
-                 document_tokens=90, val_tokens=1000, val_row_tokens=512, device="cpu", repeat=True, muon_lr=0.05)
-    run = run_here(corpus, base=sizes, out=tmp_path)
-    assert len(losses(run)) == 8 and losses(run)[-1] < losses(run)[0] - 0.1
-
-
-def test_five_minute_has_none_of_the_later_parts():
-    model = small_model()
-    assert {name.rpartition(".")[2] for name, _ in model.named_parameters()} == {
-        "embedding", "head", "attention", "mlp", "residual", "x0", "value_mix", "skip_mix"}

@@ -5,9 +5,9 @@ from itertools import pairwise
 
 import pytest
 import torch
-from tools import dense_mask, random_batch, small_config, small_model
+from tools import dense_mask, random_batch, small_model
 
-from train_gpt2 import GPT, TECHNIQUES, Config, phase_at, preset_values, stage_borders, value_at
+from train_gpt2 import GPT, TECHNIQUES, Config, phase_at, preset_values, stage_borders, value_at, yarn
 
 
 def norm(x, epsilon):
@@ -175,7 +175,7 @@ def settled(preset: str, name: str) -> bool:
 
 
 ONE_BY_ONE = [(preset, name) for name in TECHNIQUES for preset in ("gpt2", "five-minute") if settled(preset, name)]
-
+assert {name for _, name in ONE_BY_ONE} == {*TECHNIQUES}
 
 # Record 62 in five layers, which have among them all that its eleven have.
 FIVE_LAYERS = dict(layers=5, paired_layers=(0, 3), short_layers=(0, 1, 3), attention_free=(2,),
@@ -201,10 +201,6 @@ def test_states_losses_and_gradients_are_the_reference(preset, stage, tied):
         else:
             of_tokens = name in ("head", "bigram_table") or name.startswith("value_tables")
             assert (gradient != 0).any() and (of_tokens or (gradient != 0).all()), name
-
-
-def test_every_technique_is_some_presets():
-    assert {name for _, name in ONE_BY_ONE} == {*TECHNIQUES}
 
 
 @pytest.mark.parametrize("preset, name", ONE_BY_ONE)
@@ -233,37 +229,17 @@ def test_all_techniques_off_at_once(preset, changes):
     assert_agrees(recipe(preset, **changes if preset == "five-minute" else {}), stage=2)
 
 
-# Where a learned weight says "nothing": its values then.
-NOTHING = {
-    "smear": {"smear_mix": 0.0}, "bigrams": {"bigram": 0.0}, "x0-shortcut": {"residual": 1.0, "x0": 0.0},
-    "attention-mix": {"in_scale": 1.0, "out_scale": 1.0}, "value-gates": {"value_gate": 0.0},
-    "value-embeddings": {f"value_tables.{i}": 0.0 for i in range(3)}, "gated-skip": {"skip_mix": -math.inf},
-    "backout": {"backout_mix": 0.0}, "value-residual": {"value_mix": 0.0}, "unet-skips": {"skip_mix": 0.0}}
-
-
-@pytest.mark.parametrize("name", NOTHING)
-def test_weights_that_say_nothing_are_the_technique_off(name):
-    preset = "gpt2" if settled("gpt2", name) else "five-minute"
-    full, without, batch = recipe(preset), recipe(preset, [name]), random_batch(2, 64)
-    for parameter_name, p in full.named_parameters():
-        kind = parameter_name.split(".")[-1] if parameter_name.startswith("blocks") else parameter_name
-        p.data.fill_(NOTHING[name][kind]) if kind in NOTHING[name] else None
-    assert {*full.state_dict()} > {*without.state_dict()}
-    without.load_state_dict({key: value for key, value in full.state_dict().items() if key in without.state_dict()})
-    with torch.no_grad():
-        found, expected = (model(batch.inputs, batch.starts, phase_at(0, full.config)) for model in (full, without))
-    torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
 
 
 def test_frequencies_and_scales_of_the_stages():
     """Those of the full recipe as its record has them; the model holds those of all stages."""
-    config = Config()
+    config, model = Config(), small_model(preset="gpt2")
     for stage, rounded in enumerate((0.1, 0.116946, 0.127518, 0.131778)):
-        frequencies, scale = reference_frequencies(config, stage)
-        assert round(scale, 6) == rounded
-        assert frequencies[0] == 1  # 61 turns in the first window: kept
-        assert frequencies[-1] == pytest.approx(384 / config.window[stage] / 1024)  # never one turn: stretched
-        model, small = small_model(preset="gpt2"), small_config("gpt2")
-        frequencies, scale = reference_frequencies(small, stage)
-        assert model.frequencies[stage].tolist() == pytest.approx(frequencies, rel=1e-12)
-        assert model.scales[stage].item() == pytest.approx(scale, rel=1e-12)
+        frequencies, scale = yarn(stage, config)
+        assert frequencies[0] == 1 and round(scale, 6) == rounded  # 61 turns in the first window: kept
+        assert frequencies[-1].item() == pytest.approx(384 / config.window[stage] / 1024)  # never one: stretched
+        held = model.frequencies[stage], model.scales[stage]
+        for (found, found_scale), c in (((frequencies, scale), config), (held, model.config)):
+            expected, expected_scale = reference_frequencies(c, stage)
+            assert found.tolist() == pytest.approx(expected, rel=1e-12)
+            assert float(found_scale) == pytest.approx(expected_scale, rel=1e-12)

@@ -27,9 +27,10 @@ SIZES = timing.model_sizes(GPT2, 50257)
 EIGHT_ROWS = {"row_tokens": (256,), "val_row_tokens": 256, "tokens_per_step": (2048,), "micro_tokens": 2048,
               "window": (64,), "window_short": (32,), "loss_chunk": 256, "width": 64, "heads": 2}
 FEW_LAYERS = {
-    "five-minute": {"layers": 3},
-    "gpt2": {"layers": 4, "short_layers": (1, 3), "paired_layers": (0,), "attention_free": (2,),
+    "five-minute": {"layers": 2},
+    "gpt2": {"layers": 3, "short_layers": (1,), "paired_layers": (0,), "attention_free": (2,),
              "value_layers": (0, 1), "gated_skip": (0, 2), "backout": (1,)}}
+FEW = {name: train_gpt2.spelled(value) for name, value in FEW_LAYERS["gpt2"].items()}
 
 
 @pytest.mark.parametrize("preset", ["five-minute", "gpt2"])
@@ -75,7 +76,8 @@ def test_weights_gradients_and_state_are_predicted_to_the_byte(preset, dtype, wo
     assert found["tables"] == sum(b.nbytes for b in model.buffers())
 
 
-@pytest.mark.parametrize(("preset", "recompute"), [("gpt2", False), ("five-minute", False), ("five-minute", True)])
+@pytest.mark.parametrize(("preset", "recompute"), [
+    pytest.param("gpt2", False, marks=pytest.mark.slow), ("five-minute", False), ("five-minute", True)])
 def test_compiled_activations_are_predicted_within_a_twentieth(preset, recompute, monkeypatch):
     """The GPU's partitioner decides what is kept, and works here as well; FlexAttention's backward does
     not, so SDPA stands in for it, but for the numbers that it makes of masks."""
@@ -146,7 +148,7 @@ def test_fit_prints_what_the_smallest_gpu_needs_and_nothing_else(memories, optio
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(memories))
     monkeypatch.setattr(torch.cuda, "get_device_properties",
                         lambda gpu: SimpleNamespace(total_memory=memories[gpu] * GIB))
-    timing.main(["--fit", "--train-files", "none*.bin", *options])
+    timing.main(["--fit", "--train-files", "no_train_*.bin", *options])
     found = capsys.readouterr()
     assert found.out.strip() == printed
     assert ("GiB" in found.err) == bool(memories and not options) and (printed in found.err or not printed)
@@ -190,7 +192,7 @@ def test_stages_cover_the_run_once_and_equal_ones_are_measured_together():
 
 def test_watched_steps_train_as_others_do(corpus):
     """The sections only look on: same weights, and nothing stays behind."""
-    config = train_gpt2.parse_command_line(command(corpus, RECIPE))
+    config = train_gpt2.parse_command_line(command(corpus, RECIPE | FEW))
     stream, ends, untouched = train_gpt2.TokenStream(config.train_files), [], train_gpt2.apply_updates
     for run in (timing.sectioned_steps, timing.whole_steps):
         model = GPT(config, stream.vocabulary)
@@ -215,7 +217,7 @@ def test_communication_is_the_time_of_waiting(corpus):
 
 def test_the_whole_tool_and_the_run_is_the_sum_of_its_stages(corpus, tmp_path, capsys):
     path, shards = tmp_path / "timing.json", str(corpus / "text_train_*.bin")
-    figures = timing.main([*command(corpus, RECIPE), "--timed-steps", "2", f"--json={path}"])
+    figures = timing.main([*command(corpus, RECIPE | FEW), "--timed-steps", "2", f"--json={path}"])
     text, stages = capsys.readouterr().out, figures["stages"]
     assert json.loads(path.read_text())["stages"] == stages and f"rows of {shards}" in text
     assert figures["run seconds"] == pytest.approx(sum(s["steps"] * s["ms/step"] for s in stages) / 1000)
@@ -234,13 +236,14 @@ def test_the_whole_tool_and_the_run_is_the_sum_of_its_stages(corpus, tmp_path, c
 
 @pytest.mark.slow
 def test_made_up_rows_where_no_shard_is_and_one_stage_alone(tmp_path, capsys):
-    small = [f"--{name.replace('_', '-')}={value}" for name, value in RECIPE.items()]
-    figures = timing.main([*small, "--bigram=0", f"--train-files={tmp_path}/none*.bin", "--timed-steps=2", "--stages=2"])
+    small = [f"--{name.replace('_', '-')}={value}" for name, value in (RECIPE | FEW).items()]
+    figures = timing.main([*small, "--bigram=0", f"--train-files={tmp_path}/no_train_*.bin", "--timed-steps=2", "--stages=2"])
     assert [s["stage"] for s in figures["stages"]] == ["2"] and "made-up" in figures["rows"]
     tokens = timing.made_up_tokens(10**6)
     assert 0.9 < (tokens == 50256).sum() * timing.TYPICAL_DOCUMENT / len(tokens) < 1.1
 
 
+@pytest.mark.slow
 def test_two_processes_share_a_step_and_wait_for_each_other(corpus, tmp_path):
     path = tmp_path / "timing.json"
     done = torchrun(2, ROOT / "records" / "timing.py", *command(corpus, SMALL), "--timed-steps=2", f"--json={path}")
