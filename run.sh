@@ -108,8 +108,6 @@ if [[ -z "$files$resume" && "$preset" == tiny ]] && ! compgen -G 'data/text/text
     say "preparing text to train on: Python's own sources"
     python data/text.py
 fi
-# glibc keeps freed memory for the next step, in place of giving it back: a tenth of tiny's time on a CPU.
-export MALLOC_MMAP_MAX_=${MALLOC_MMAP_MAX_:-0} MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-2147483647}
 log=$(mktemp)
 trap 'rm -f "$log"' EXIT
 python train_gpt2.py "$@" | tee -i "$log"  # which goes on after Ctrl-C, as the script does

@@ -551,9 +551,11 @@ def shuffled_rows(stream, config, row_tokens, epoch):
 
 
 def step_rows(stream, config, first=0, cursor=Cursor()):
-    """Yield the rows of each step from `first` on, with their positions, and the next step's cursor."""
+    """Yield (tokens, starts, position) of each row of a step, and the next step's cursor; from step
+    `first` on. Shuffled, an epoch deals out all rows of one size; a stage with another size begins a
+    new one."""
     position, epoch, left = cursor
-    size = value_at(config.row_tokens, stage_of(max(0, first - 1), config))
+    size = value_at(config.row_tokens, stage_of(max(0, first - 1), config))  # of the rows that are left
     drawn = shuffled_rows(stream, config, size, epoch - 1)[:left] if left else []
     for step in range(first, config.steps):
         stage, rows = stage_of(step, config), []
@@ -714,7 +716,7 @@ def rotary_tables(frequencies, positions, dtype):
 
 def for_heads(table, tokens, heads, paired):
     """Cosines or sines of all positions -> those of each token, (T, 1, n). In paired layers a token
-    has two positions, 2 t + h mod 2 for head h: (T, H, n)."""
+    has two positions, and head h has 2 t + h mod 2, as in the record (#58): (T, H, n)."""
     if paired:
         return table[:2 * tokens].view(tokens, 2, -1).repeat(1, heads // 2, 1)
     return table[:tokens, None]
@@ -747,8 +749,9 @@ def smear(embedding, weight, gate_weight):
 
 
 def bigram_rows(tokens, rows):
-    """Bigram hash (#62): (R, T) int32 -> the table's row of each token and the one before; for the
-    first token the last of the `rows`. Products wrap in int32; the remainder is never negative."""
+    """Bigram hash (#62): (R, T) int32 -> the table's row of each token and the one before. The first
+    token has the last of the `rows`, whose number the second one sees in its place, as in the record.
+    Products wrap in int32; the remainder is never negative."""
     first = torch.full_like(tokens[:, :1], rows - 1)
     before = torch.cat((first, first, tokens[:, 1:-1]), dim=1)[:, :tokens.shape[1]]
     hashed = ((36_313 * tokens) ^ (27_191 * before)) % (rows - 1)
@@ -1184,12 +1187,11 @@ class Group:
 # value in (0, 1] towards 1. Polar Express (#38): each one the best for what those before it leave.
 ORTHOGONALISERS = {
     "newton-schulz": (1.0, 5 * ((3.4445, -4.7750, 2.0315),)),
-    "polar-express": (1.02, (
-        (8.156554524902461, -22.48329292557795, 15.878769915207462),
-        (4.042929935166739, -2.808917465908714, 0.5000178451051316),
-        (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
-        (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
-        (2.3465413258596377, -1.7097828382687081, 0.42323551169305323))),
+    "polar-express": (1.02, tuple(zip(  # a of the five iterations, then b, then c
+        (8.156554524902461, 4.042929935166739, 3.8916678022926607, 3.285753657755655, 2.3465413258596377),
+        (-22.48329292557795, -2.808917465908714, -2.772484153217685, -2.3681294933425376, -1.7097828382687081),
+        (15.878769915207462, 0.5000178451051316, 0.5060648178503393, 0.46449024233003106, 0.42323551169305323),
+        strict=True))),
     "none": (1.0, ()),
 }
 
@@ -1516,7 +1518,7 @@ def training_loop(model, groups, data, processes, log, progress):
             if validating or saving:
                 reports.read()
                 with clock.stopped():
-                    progress = Progress(step, clock.seconds, *progress[2:4], tuple(cursor))
+                    progress = progress._replace(step=step, seconds=clock.seconds, cursor=tuple(cursor))
                     if validating:
                         loss = validate(model, data.val, data.val_tokens, step, processes)
                         if not math.isfinite(loss):

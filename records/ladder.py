@@ -195,7 +195,8 @@ def collect(runs: list[Run], streams: tuple[int, int], options: argparse.Namespa
     path, failed = options.out / "runs.jsonl", 0
     stored, keys = stored_results(path), {run: run.key(streams) for run in runs}
     missing = {keys[run]: run for run in reversed(runs) if keys[run] not in stored}  # equal ones once
-    print(f"{len(set(keys.values()))} runs, {len(set(keys.values()) & set(stored))} of them in {path} already", flush=True)
+    print(f"{len(set(keys.values()))} runs, {len(set(keys.values()) & set(stored))} of them in {path} already",
+          flush=True)
     todo = [run for run in runs if missing.get(keys[run]) is run]
     for done, (run, result, output) in enumerate(finish_all(todo, options.jobs, threads, options.out), 1):
         label = f"{done}/{len(missing)} {run.name}, seed {run.config.seed}"
@@ -404,7 +405,8 @@ def main(arguments: list[str] | None = None) -> None:
     except OSError as error:
         raise UserError(f"cannot write to {options.out}: {error}; name a writable folder with --out") from None
     except KeyboardInterrupt:
-        print(f"\ninterrupted: finished runs are in {options.out}/runs.jsonl; the same command goes on", file=sys.stderr)
+        print(f"\ninterrupted: finished runs are in {options.out}/runs.jsonl; the same command goes on",
+              file=sys.stderr)
         raise SystemExit(130) from None
     rows, idle = rows_of(rungs, results), [r.name for r in all_rungs() if r not in [rung for rung, _ in path]]
     title = (f"{options.size} on {Path(end.train_files).name}, {max(r['tokens'] for r in results.values()):,} training "

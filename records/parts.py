@@ -63,7 +63,8 @@ def main() -> None:
         stream, whole = TokenStream(str(shard)), Config()
         cut = Config(**preset_values("five-minute"))
         for name, read in (
-                ("validation rows", lambda: [validation_rows(stream, i * ROW, 1, ROW, ROWS * ROW) for i in range(ROWS)]),
+                ("validation rows",
+                 lambda: [validation_rows(stream, i * ROW, 1, ROW, ROWS * ROW) for i in range(ROWS)]),
                 ("rows of whole documents, the rest dropped", lambda: packed(stream, whole)),
                 ("rows cut where they end, the rest continued", lambda: packed(stream, cut))):
             speed = ROWS * ROW / best_of(3, read) / 1e6

@@ -21,9 +21,11 @@ import train_gpt2
 from train_gpt2 import UserError, checkpoints, main, read_checkpoint
 
 # Untied after step 4; borders at 3, 6 and 9, where the extension begins.
-STAGES = {**RECIPE, "tokens_per_step": "256,512,768", "dtype": "float64", "steps": 12, "tied_until": 0.4, "repeat": True, "save_every": 1, "keep": 100,
+STAGES = {**RECIPE, "tokens_per_step": "256,512,768", "dtype": "float64", "steps": 12, "tied_until": 0.4,
+          "repeat": True, "save_every": 1, "keep": 100,
           "val_tokens": 500}
-SHUFFLED = {**SMALL, "shuffle": True, "repeat": True, "tokens_per_step": 2048, "steps": 10, "save_every": 1, "keep": 100}
+SHUFFLED = {**SMALL, "shuffle": True, "repeat": True, "tokens_per_step": 2048, "steps": 10, "save_every": 1,
+            "keep": 100}
 
 
 def only_run(out) -> Path:
@@ -126,9 +128,8 @@ def test_twenty_kills_of_two_processes(corpus, tmp_path):
     arguments = command(corpus, base=settings, out=tmp_path / "logs")
     for kill in range(20):
         place = ("updates", "writing", "before", "after")[kill % 4]
-        launched = Launched(tmp_path / str(kill), 2, spoiled, f"{kill % 2 if place == 'updates' else 0}:{6 + 6 * kill}:{place}",
-                            *arguments)
-        ends = launched.wait()
+        plan = f"{kill % 2 if place == 'updates' else 0}:{6 + 6 * kill}:{place}"
+        ends = Launched(tmp_path / str(kill), 2, spoiled, plan, *arguments).wait()
         assert any(end.status == -9 for end in ends), ends
     ends = together(tmp_path / "last", 2, train, *arguments)
     assert ends[0].status == 0, ends[0].err
@@ -159,7 +160,8 @@ def test_torchrun_passes_a_signal_on(corpus, tmp_path):
     arguments = command(corpus, base=STAGES, out=tmp_path / "logs", steps=4000, save_every=0, val_every=0)
     process = subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "train_gpt2.py",
-         *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+         *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"})
     limit = time.monotonic() + 90
     while time.monotonic() < limit and not list((tmp_path / "logs").glob("*/metrics.jsonl")):
         time.sleep(0.1)

@@ -7,7 +7,8 @@ from dataclasses import fields, replace
 
 import numpy as np
 import pytest
-from tools import ROOT, SMALL, command, metrics, random_documents, run_folders, run_here, start, write_corpus, write_shard
+from tools import (ROOT, SMALL, command, metrics, random_documents, run_folders, run_here, start, write_corpus,
+                   write_shard)
 
 import train_gpt2
 from train_gpt2 import (ELSEWHERE, PRESETS, TECHNIQUES, Config, UserError, check_config, flag, parse_command_line,
@@ -41,8 +42,8 @@ def test_settings_are_read_as_they_are_spelled(preset):
 
 
 def test_forms():
-    config = parse_command_line(["--row_tokens", "256", "--tokens-per-step=1024", "--short-layers=none", "--smear", "false",
-                                 "--steps=3", "--steps", "5"])
+    config = parse_command_line(["--row_tokens", "256", "--tokens-per-step=1024", "--short-layers=none", "--smear",
+                                 "false", "--steps=3", "--steps", "5"])
     assert (config.row_tokens, config.tokens_per_step, config.short_layers, config.smear, config.steps) == (
         (256,), (1024,), (), False, 5)
 
@@ -50,8 +51,8 @@ def test_forms():
 @pytest.mark.parametrize(("name", "text"), [
     ("steps", "0"), ("steps", "1.5"), ("steps", "many"), ("steps", ""), ("muon_lr", "nan"), ("muon_lr", "-1"),
     ("muon_lr", "inf"), ("smear", "yes"), ("long_documents", "cut"), ("dtype", "float16"), ("window", "none"),
-    ("window", "1,2,3,4,5"), ("window", "1,,2"), ("adam_head", "0.1,0.9"), ("softcap", "1,2,3,4"), ("short_layers", "-1"),
-    ("tied_until", "1"), ("preset", "gpt3"), ("timeout", "0"), ("seed", str(2**63))])
+    ("window", "1,2,3,4,5"), ("window", "1,,2"), ("adam_head", "0.1,0.9"), ("softcap", "1,2,3,4"),
+    ("short_layers", "-1"), ("tied_until", "1"), ("preset", "gpt3"), ("timeout", "0"), ("seed", str(2**63))])
 def test_a_value_out_of_bounds_is_refused(name, text):
     said = refusal(f"{flag(name)}={text}")
     assert flag(name) in said and (text in said or not text)
@@ -63,7 +64,8 @@ def test_a_value_out_of_bounds_is_refused(name, text):
     ("window_short", dict(window_short=(400,))), ("gated_skip", dict(gated_skip=(3,))),
     ("gated_skip", dict(gated_skip=(6, 3))), ("gated_skip", dict(unet_skips=True)),
     ("attention_free", dict(value_residual=True, attention_free=(0,), value_layers=())),
-    ("value_layers", dict(value_layers=(6,))), ("backout", dict(backout=(1, 2))), ("softcap", dict(softcap=(1.0, 0.0, 0.0))),
+    ("value_layers", dict(value_layers=(6,))), ("backout", dict(backout=(1, 2))),
+    ("softcap", dict(softcap=(1.0, 0.0, 0.0))),
     ("paired_layers", dict(paired_layers=(11,))), ("adam_head", dict(adam_head=(0.1, 1.0, 0.9, 0.0)))])
 def test_settings_that_contradict_each_other_are_refused(name, changes):
     with pytest.raises(UserError) as error:
@@ -124,7 +126,8 @@ def test_bad_shards_are_refused_before_anything_is_written(tmp_path, capsys, wha
 
 
 def test_too_few_tokens(corpus, capsys):
-    for changes, needle in ((dict(steps=100), "--repeat"), (dict(row_tokens=65_536, tokens_per_step=65_536), "expected")):
+    for changes, needle in ((dict(steps=100), "--repeat"),
+                            (dict(row_tokens=65_536, tokens_per_step=65_536), "expected")):
         with pytest.raises(SystemExit):
             train_gpt2.main(command(corpus, **changes))
         assert needle in capsys.readouterr().err
@@ -177,7 +180,8 @@ def test_float8_and_rows_that_processes_cannot_share(corpus, capsys):
 
 def test_fuzzed_settings_are_accepted_or_refused_in_one_line():
     draw = np.random.default_rng(0)
-    words = ["0", "-1", "1", "3", "128", "1e9", "none", "true", "auto", "0.5", "nan", "1,2", "1,2,3", "", "x", "0,1,2,3,4"]
+    words = ["0", "-1", "1", "3", "128", "1e9", "none", "true", "auto", "0.5", "nan", "1,2", "1,2,3", "", "x",
+             "0,1,2,3,4"]
     accepted = 0
     for _ in range(300):
         names = draw.choice(sorted(OPTIONS.keys() - {"resume"}), 3, replace=False)

@@ -9,7 +9,8 @@ from torch.nn.functional import scaled_dot_product_attention
 import train_gpt2
 from train_gpt2 import Batch, Muon, Processes, attention, block_mask, first_visible_key, phase_at
 
-GPU = pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")])
+NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+GPU = pytest.param("cuda", marks=[pytest.mark.gpu, NEEDS_GPU])
 on_gpu = pytest.mark.parametrize("device", [GPU])
 on_both = pytest.mark.parametrize("device", ["cpu", GPU])
 
@@ -61,8 +62,8 @@ def test_flex_attention_layouts(device, dtype, window):
 def test_the_float8_head_is_near_the_wide_one(device):
     results = []
     for float8 in (False, True):
-        model = small_model(1000, "bfloat16", preset="gpt2", float8=float8, compiled=True, width=128, heads=4, spread=0.02,
-                            row_tokens=(256,), val_row_tokens=256, loss_chunk=128).to(device)
+        model = small_model(1000, "bfloat16", preset="gpt2", float8=float8, compiled=True, width=128, heads=4,
+                            spread=0.02, row_tokens=(256,), val_row_tokens=256, loss_chunk=128).to(device)
         batch = Batch(*(part.to(device) for part in random_batch(2, 256, 1000)[:3]))
         loss, _ = model.loss(batch, phase_at(0, model.config))
         loss.backward()

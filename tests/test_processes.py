@@ -12,7 +12,8 @@ import train_gpt2
 EXACT = {**SMALL, "tokens_per_step": 2048, "steps": 6, "val_every": 3, "micro_tokens": 128, "dtype": "float64",
          "shuffle": True}
 # Two steps in each stage and in the extension; embedding and head part after the fourth step.
-STAGES = {**RECIPE, "tokens_per_step": "512,1024,1536", "dtype": "float64", "steps": 8, "tied_until": 0.5, "val_every": 3, "repeat": True}
+STAGES = {**RECIPE, "tokens_per_step": "512,1024,1536", "dtype": "float64", "steps": 8, "tied_until": 0.5,
+          "val_every": 3, "repeat": True}
 CONTINUE = {**STAGES, "long_documents": "continue", "micro_tokens": 400}
 MANY = [EXACT, STAGES, CONTINUE]
 THREE = {**EXACT, "shuffle": False, "layers": 2, "tokens_per_step": 768}  # groups need padding
@@ -144,13 +145,14 @@ def test_torchrun(corpus, tmp_path):
     done = torchrun(2, ROOT / "train_gpt2.py", *arguments)
     assert done.returncode == 0 and done.stdout.count("final val_loss") == 1, done.stderr
     refused = torchrun(2, ROOT / "train_gpt2.py", *arguments, "--steps=0")
-    lines = [line for line in refused.stderr.splitlines() if line and "OMP_NUM_THREADS" not in line and "***" not in line]
+    lines = [line for line in refused.stderr.splitlines()
+             if line and "OMP_NUM_THREADS" not in line and "***" not in line]
     assert refused.returncode == 1 and "--steps" in lines[0] and "Traceback" not in lines[0]
 
 
 @pytest.mark.parametrize("environment", [
-    {"RANK": "3", "WORLD_SIZE": "1"}, {"WORLD_SIZE": "abc"}, {"WORLD_SIZE": ""}, {"WORLD_SIZE": "0"}, {"WORLD_SIZE": "2"},
-    {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "abc"}])
+    {"RANK": "3", "WORLD_SIZE": "1"}, {"WORLD_SIZE": "abc"}, {"WORLD_SIZE": ""}, {"WORLD_SIZE": "0"},
+    {"WORLD_SIZE": "2"}, {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "abc"}])
 def test_a_strange_environment_is_refused_in_one_line(corpus, tmp_path, environment):
     done = start([ROOT / "train_gpt2.py", *command(corpus, out=tmp_path / "logs")], env=environment)
     assert done.returncode == 1 and len(done.stderr.strip().splitlines()) == 1, done.stderr

@@ -30,7 +30,8 @@ COMMANDS = {  # what is added to make them short, in the order in which they run
     "records/2026-11-24_tiny_shakespeare_2-core_cpu": ""}
 NOT_RUN = {  # the reason, and which
     "runs these tests": r"\./run.sh test.*", "needs a network": r"python data/fineweb.py.*|python evals/hellaswag.py.*",
-    "needs GPUs": r"torchrun.*|TORCH_DISABLE.*|python train_gpt2.py( --(preset five|recompute|seed|save-every).*)?|tests/gpu.sh.*"
+    "needs GPUs": r"torchrun.*|TORCH_DISABLE.*|tests/gpu.sh.*"
+                  r"|python train_gpt2.py( --(preset five|recompute|seed|save-every).*)?"
                   r"|python records/kernels.py --preset gpt2.*|python records/ladder.py --size 124M.*",
     "minutes": r"python records/ladder.py --train-files.*|python train_gpt2.py --preset tiny.*|\./run.sh --.*"
                r"|python data/text.py input.txt.*",
@@ -80,8 +81,9 @@ def test_every_documented_command_is_run_here_or_has_a_reason():
     assert not unknown
 
 
-EXPECTED = {"check": "ok: this machine", "train_gpt2.py --help": "--tokens-per-step", "sample.py logs/RUN/model.pt": "def ",
-            'logs/RUN --prompt "ROMEO:': "ROMEO:", "train_gpt2.py --preset": "final val_loss", "text.py": "train on them with",
+EXPECTED = {"check": "ok: this machine", "train_gpt2.py --help": "--tokens-per-step",
+            "sample.py logs/RUN/model.pt": "def ", 'logs/RUN --prompt "ROMEO:': "ROMEO:",
+            "train_gpt2.py --preset": "final val_loss", "text.py": "train on them with",
             "gpu-memory": "GiB", "doctor": "ready", "export.py": "model.safetensors", "parts.py": "million tokens/s"}
 
 

@@ -237,7 +237,8 @@ def test_the_whole_tool_and_the_run_is_the_sum_of_its_stages(corpus, tmp_path, c
 @pytest.mark.slow
 def test_made_up_rows_where_no_shard_is_and_one_stage_alone(tmp_path, capsys):
     small = [f"--{name.replace('_', '-')}={value}" for name, value in (RECIPE | FEW).items()]
-    figures = timing.main([*small, "--bigram=0", f"--train-files={tmp_path}/no_train_*.bin", "--timed-steps=2", "--stages=2"])
+    figures = timing.main([*small, "--bigram=0", f"--train-files={tmp_path}/no_train_*.bin",
+                           "--timed-steps=2", "--stages=2"])
     assert [s["stage"] for s in figures["stages"]] == ["2"] and "made-up" in figures["rows"]
     tokens = timing.made_up_tokens(10**6)
     assert 0.9 < (tokens == 50256).sum() * timing.TYPICAL_DOCUMENT / len(tokens) < 1.1
