@@ -372,9 +372,7 @@ def machine_of(end: Config, threads: int, jobs: int) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
-    for name, value in {"PYTORCH_ALLOC_CONF": "expandable_segments:True", "MALLOC_MMAP_MAX_": "0",
-                        "MALLOC_TRIM_THRESHOLD_": "2147483647"}.items():  # of all that starts: see run.sh
-        os.environ.setdefault(name, value)
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     on_gpu = options.device == "cuda" or options.device == "auto" and torch.cuda.is_available()
     defaults = preset_values("tiny") if options.size == "tiny" else asdict(Config())
     start, end = both_ends(options.size, device="cuda" if on_gpu else "cpu", out=str(options.out / "runs"), val_every=0,
