@@ -1,6 +1,6 @@
 """Train a GPT-2-class model to 3.28 validation loss on FineWeb, as fast as 8 H100s can, in one file.
 
-    torchrun --standalone --nproc_per_node=8 train_gpt2.py    # gpt2: record 62 of the NanoGPT speedrun
+    torchrun --standalone --nproc_per_node=8 train_gpt2.py    # gpt2: what 83 records of the speedrun found
     python train_gpt2.py --preset five-minute                 # record 12, where it came from
     python train_gpt2.py --preset tiny                        # a small model, on a CPU
     python train_gpt2.py --help                               # every setting
@@ -83,20 +83,21 @@ ADAM = "Adam's rate, beta1, beta2, decay: "
 
 @dataclass(frozen=True)
 class Recipe:
-    """What decides the numbers of a run: a checkpoint keeps to it. The defaults are record 62."""
+    """What decides the numbers of a run: a checkpoint keeps to it. The defaults are gpt2: records 1 to
+    83 and 88, without kernels of their own."""
 
     preset: str = setting("gpt2", "the recipe that other settings start from")
-    steps: int = setting(1600, "updates in all; schedules stretch with them", 1)
+    steps: int = setting(1375, "updates in all; schedules stretch with them", 1)
     seed: int = setting(0, "of the first weights and of the shuffle", 0, 2**63 - 1)
     # data
     repeat: bool = setting(False, "start over when the training shards are used up")
     shuffle: bool = setting(False, "take rows from all over the shards, each once per epoch")
     long_documents: str = setting("drop", "the rest of a document that is cut",
                                   choices=("drop", "continue"))
-    document_tokens: int = setting(2048, "a document is cut there; 0: only where its row ends")
+    document_tokens: Ints = setting((896, 2048), "longest document; 0: to the row's end", by_stage=True)
     tokens_per_step: Ints = setting((131_072, 262_144, 393_216), "batch of an update", 1, by_stage=True)
     row_tokens: Ints = setting((16_384, 32_768, 49_152), "length of a row", 1, 2**24, by_stage=True)
-    extension: float = setting(0.025, "share of the steps after the schedule, at the floor", 0, 0.9)
+    extension: float = setting(10 / 1375, "share of the steps after the schedule, at the floor", 0, 0.9)
     val_every: int = setting(250, "updates between validations; 0: the first and the last")
     val_tokens: int = setting(10_485_760, "validation tokens, always the first ones", 1)
     val_row_tokens: int = setting(262_144, "length of a row in validation", 1, 2**24)
@@ -110,6 +111,8 @@ class Recipe:
     short_layers: Ints = setting((0, 1, 2, 4, 5, 7, 8, 9), "layers with the short window")
     paired_layers: Ints = setting((0, 2, 5, 9), "layers whose heads attend in pairs")
     attention_free: Ints = setting((6,), "layers that are an MLP only")
+    attention_source: Ints = setting((7,), "layer whose output all later ones attend from")
+    xsa_layers: Ints = setting((1, 3, 4, 7, 8, 10), "layers whose heads leave out their own value")
     qk_norm: bool = setting(True, "normalise queries and keys")
     attention_scale: float = setting(0.1, "first softmax scale; 0: 1 / sqrt(K)", 0, 1000)
     rotary_base: float = setting(1024 ** (32 / 31), "slowest rotary wavelength / 2 pi", 1)
@@ -118,31 +121,37 @@ class Recipe:
     key_offset: bool = setting(True, "still key channels come from the token before")
     attention_gates: bool = setting(True, "each head can close itself")
     attention_mix: bool = setting(True, "learned scalars on attention's matrices")
-    value_layers: Ints = setting((0, 1, 8, 9, 10), "layers that add a token embedding to values")
+    value_layers: Ints = setting((1, 2, 8, 9, 10), "layers that add a token embedding to values")
     value_gates: bool = setting(True, "each head weighs its value embedding")
     value_residual: bool = setting(False, "each layer mixes layer 0's values into its own")
-    bigram: int = setting(5, "rows of the bigram table / vocabulary; 0: none", 0, 1000)
+    bigram: int = setting(15, "rows of the bigram table / vocabulary; 0: none", 0, 1000)
+    bigram_width: int = setting(192, "channels of the bigram table", 1)
+    bigram_signs: int = setting(8192, "rows of fixed signs on bigrams; 0: none")
     smear: bool = setting(True, "each embedding takes up some of the one before")
-    x0_shortcut: bool = setting(True, "each block mixes the embedding back into the stream")
-    residual_init: float = setting(1.1, "first weight of the stream in that mixture", 0, 1000)
+    mixing: str = setting("sublayers", "where weights mix stream and embedding",
+                          choices=("sublayers", "blocks", "none"))
+    residual_init: float = setting(1.1**0.5, "first weight of the stream in that mixture", 0, 1000)
+    mudd: bool = setting(True, "the last layer and the head mix streams token by token")
     gated_skip: Ints = setting((3, 6), "FROM,TO: that output is added, gated, before that layer")
     unet_skips: bool = setting(False, "the first half's outputs go to the second half, mirrored")
-    backout: Ints = setting((7,), "layer whose output is in part subtracted before the head")
     rms_epsilon: float = setting(2.0**-23, "added to the mean square before its root")
     softcap: Floats = setting((11.5, 15.0, 5.0), "h,r,s: h tanh((z + s) / r); h = 0: off", -1e6, 1e6)
     predicted_tokens: int = setting(3, "tokens predicted ahead in stage 0, then one less each", 1, 64)
+    prefix_weight: float = setting(0.25, "of the loss of the next token's prefix; falls in stage 1", 0, 1000)
     tied_until: float = setting(2 / 3, "share of the schedule with embedding and head tied", 0, 0.99)
-    attention_init: float = setting(1.0, "spread of first attention weights, / sqrt(D)", 0, 1000)
-    mlp_init: float = setting(0.5, "spread of first up weights, / sqrt(D)", 0, 1000)
+    attention_init: float = setting(0.5, "spread of query, key and value, / sqrt(D)", 0, 1000)
+    output_init: float = setting(0.5, "spread of attention's output, / sqrt(D)", 0, 1000)
+    mlp_init: float = setting(0.5, "spread of the MLP's up matrix, / sqrt(D)", 0, 1000)
     # optimizers
     muon_lr: float = setting(0.023, "Muon's rate, for the matrices of the blocks")
     muon_momentum: float = setting(0.95, "momentum in the middle of the run", 0, 0.9999)
     muon_momentum_start: float = setting(0.85, "momentum at both ends", 0, 0.9999)
-    momentum_warmup: float = setting(300 / 1600, "share of the steps in which it rises", 0, 1)
-    momentum_cooldown: float = setting(50 / 1600, "share of the steps in which it falls", 0, 1)
+    momentum_warmup: float = setting(300 / 1375, "share of the steps in which it rises", 0, 1)
+    momentum_cooldown: float = setting(50 / 1375, "share of the steps in which it falls", 0, 1)
     orthogonaliser: str = setting("polar-express", "Muon's iteration",
                                   choices=("polar-express", "newton-schulz", "none"))
-    normuon_beta2: float = setting(0.95, "decay of NorMuon's mean squares; 0: off", 0, 0.9999)
+    qk_heads: int = setting(2, "heads whose queries, or keys, are orthogonalised together; 0: all")
+    normuon_beta2: float = setting(0.9, "decay of NorMuon's mean squares; 0: off", 0, 0.9999)
     muon_decay: float = setting(1.2, "Muon's cautious weight decay, times rate squared")
     down_scale: float = setting(4.0, "factor on updates of the MLP's down matrices")
     split_precision: bool = setting(True, "bfloat16 matrices, 16 low bits in the optimizer")
@@ -150,13 +159,14 @@ class Recipe:
     adam_head: Floats = setting((0.008, 0.5, 0.95, 0.75), ADAM + "head, and tied embedding")
     adam_tables: Floats = setting((0.6, 0.75, 0.95, 0.025), ADAM + "value and bigram tables")
     adam_gates: Floats = setting((0.008, 0.9, 0.99, 0.005), ADAM + "gates")
-    adam_x0: Floats = setting((0.04, 0.65, 0.95, 0.0), ADAM + "embedding's weights in the stream")
+    adam_residual: Floats = setting((0.04, 0.9, 0.95, 0.0), ADAM + "weights of the stream")
+    adam_mixing: Floats = setting((0.008, 0.9, 0.95, 0.0), ADAM + "weights of what is added to it")
     adam_scalars: Floats = setting((0.04, 0.9, 0.99, 0.0), ADAM + "other scalars")
     adam_epsilon: float = setting(1e-10 / 16_384, "added to the root of the mean squares")
     adam_every: int = setting(2, "steps whose gradients Adam sums for one update", 1)
-    cooldown: float = setting(0.55, "last share of the schedule, linear to the floor", 0, 1)
+    cooldown: float = setting(0.6, "last share of the schedule, linear to the floor", 0, 1)
     rate_levels: Floats = setting((1.0, 1.52, 1.73), "factor on all rates", by_stage=True)
-    rate_floor: float = setting(0.1, "factor that is left at the end")
+    rate_floor: float = setting(0.15, "factor that is left at the end")
     dtype: str = setting("auto", "of activations and tables; auto: bfloat16 if fast here",
                          choices=("auto", "bfloat16", "float32", "float64"))
 
@@ -192,31 +202,30 @@ class Technique(NamedTuple):
 TECHNIQUES = {name: Technique(*rest) for name, *rest in (  # in the order of history
     ("unet-skips", "late layers see the first half's outputs", "11", {"unet_skips": False}),
     ("qk-norm", "attention's logits stay bounded", "before 12", {"qk_norm": False}),
-    ("x0-shortcut", "deep blocks see the embedding", "before 12", {"x0_shortcut": False}),
+    ("x0-shortcut", "deep blocks see the embedding", "before 12", {"mixing": "none"}),
     ("value-residual", "deep blocks see layer 0's values", "before 12", {"value_residual": False}),
     ("windows", "short context first is cheap and easy to learn", "13 29", {"window": (1023,)}),
-    ("schedule", "rates fall to a floor and stay, momentum falls", "13 19 35 39 62", {
+    ("schedule", "rates fall to a floor and stay, momentum falls", "13 19 35 39 62 72", {
         "cooldown": 562 / 1875, "rate_floor": 0.0, "extension": 0.0,
         "momentum_warmup": 500 / 1875, "momentum_cooldown": 0.0}),
-    ("value-embeddings", "values know their token", "14 15 17", {"value_layers": ()}),
+    ("value-embeddings", "values know their token", "14 15 17 63 70", {"value_layers": ()}),
     ("attention-free", "one layer does well without attention", "17", {"attention_free": ()}),
     ("half-rotary", "half of the channels match by content alone", "17", {
         "rotary_base": 10_000.0, "rotary_share": 1.0}),
     ("softcap", "no logit can be too sure", "18 54", {"softcap": (0.0, 1.0, 0.0)}),
-    ("first-weights", "larger attention, smaller MLP at first", "19 53", {
-        "attention_init": 3**-0.5, "mlp_init": 3**-0.5}),
+    ("first-weights", "all start small, outputs not at zero", "19 53 64", {
+        "attention_init": 3**-0.5, "output_init": 0.0, "mlp_init": 3**-0.5}),
     ("float8-head", "the largest products at twice the speed", "19 51 55", {"head_dtype": "wide"}),
     ("short-windows", "most layers need half the window", "20", {"short_layers": ()}),
-    ("documents", "rows begin with a document, long ones are cut", "26 29", {
-        "long_documents": "continue", "document_tokens": 0}),
+    ("documents", "rows begin with a document, long ones are cut", "26 29 72", {
+        "long_documents": "continue", "document_tokens": (0,)}),
     ("attention-gates", "a head that finds nothing is silent", "28", {"attention_gates": False}),
     ("yarn", "wavelengths and softmax follow the window", "31 33", {
         "yarn": 0, "attention_scale": 0.0, "window_final": 0}),
     ("smear", "the token before, without attention", "34", {"smear": False}),
     ("polar-express", "updates nearer to orthogonal", "38", {"orthogonaliser": "newton-schulz"}),
     ("adam-every-other", "half of Adam's work and traffic", "39", {"adam_every": 1}),
-    ("backout", "takes out what only served to compute", "40", {"backout": ()}),
-    ("normuon", "the rows of an update are of one size", "41 42 46 48", {"normuon_beta2": 0.0}),
+    ("normuon", "the rows of an update are of one size", "41 42 46 48 78", {"normuon_beta2": 0.0}),
     ("muon-decay", "weights shrink where updates shrink them", "43", {"muon_decay": 0.0}),
     ("gated-skip", "one early output, where it helps", "45 55", {"gated_skip": ()}),
     ("rate-levels", "rates grow with the batch", "46 53", {"rate_levels": (1.0,)}),
@@ -224,10 +233,18 @@ TECHNIQUES = {name: Technique(*rest) for name, *rest in (  # in the order of his
     ("key-offset", "one layer finds what followed a token", "49 62", {"key_offset": False}),
     ("tied-head", "embedding and head learn as one, then part", "50 51 53 57", {"tied_until": 0.0}),
     ("multi-token", "early training looks further ahead", "53", {"predicted_tokens": 1}),
-    ("value-gates", "heads choose how much token they want", "55", {"value_gates": False}),
+    ("value-gates", "heads choose how much token they want", "55 70", {"value_gates": False}),
     ("split-precision", "matrices move as bfloat16", "57", {"split_precision": False}),
     ("paired-heads", "two heads share their keys", "58", {"paired_layers": ()}),
     ("bigrams", "pairs of tokens have an embedding", "62", {"bigram": 0}),
+    ("sublayer-mixing", "each sublayer weighs stream and addition", "73", {
+        "mixing": "blocks", "residual_init": 1.0}),
+    ("attention-source", "late layers attend from one earlier stream", "77", {"attention_source": ()}),
+    ("paired-orthogonalising", "heads are updated two by two", "80", {"qk_heads": 0}),
+    ("mudd", "the last mixtures depend on the token", "81", {"mudd": False}),
+    ("xsa", "attention adds what the token does not know", "82", {"xsa_layers": ()}),
+    ("bigram-signs", "signs tell bigrams that share a row apart", "83", {"bigram_signs": 0}),
+    ("prefix-loss", "half-right tokens teach early", "88", {"prefix_weight": 0.0}),
 )}
 
 
@@ -243,28 +260,31 @@ PRESETS = {
     "gpt2": Preset((), {}),
     "five-minute": Preset(tuple(name for name in TECHNIQUES if name not in HAD_BY_12), dict(
         steps=1875, tokens_per_step=(524_288,), row_tokens=(65_536,), val_every=125,
-        val_row_tokens=65_536, layers=12, value_residual=True, unet_skips=True, residual_init=1.0,
+        val_row_tokens=65_536, layers=12, value_residual=True, unet_skips=True,
         rms_epsilon=2.0**-7, softcap=(30.0, 30.0, 0.0), muon_lr=0.04, down_scale=1.0,
         adam_embedding=(0.6, 0.9, 0.95, 0.0), adam_head=(0.008, 0.9, 0.95, 0.0),
-        adam_x0=(0.04, 0.9, 0.95, 0.0), adam_scalars=(0.04, 0.9, 0.95, 0.0), adam_epsilon=1e-8)),
+        adam_mixing=(0.04, 0.9, 0.95, 0.0), adam_scalars=(0.04, 0.9, 0.95, 0.0), adam_epsilon=1e-8)),
     "tiny": Preset(  # what a minute on a CPU has use for
         ("documents", "attention-free", "short-windows", "yarn", "attention-gates", "attention-mix",
-         "gated-skip", "multi-token", "tied-head", "first-weights", "adam-every-other", "rate-levels"),
+         "gated-skip", "multi-token", "tied-head", "first-weights", "adam-every-other", "rate-levels",
+         "attention-source", "mudd", "xsa", "bigram-signs", "prefix-loss", "sublayer-mixing"),
         dict(train_files="data/text/text_train_*.bin", val_files="data/text/text_val_*.bin",
-             shuffle=True, document_tokens=2048, steps=640, tokens_per_step=(1024,),
+             shuffle=True, document_tokens=(2048,), steps=640, tokens_per_step=(1024,),
              row_tokens=(128,), val_every=40, val_tokens=131_072, val_row_tokens=128, layers=3,
              heads=2, width=128, window=(128,), paired_layers=(0,), value_layers=(0, 2), bigram=16,
-             backout=(1,), softcap=(30.0, 30.0, 0.0), down_scale=1.0, muon_lr=0.08,
+             softcap=(30.0, 30.0, 0.0), down_scale=1.0, muon_lr=0.08,
              muon_momentum=0.8, muon_momentum_start=0.8, adam_embedding=(0.6, 0.65, 0.95, 0.0),
              adam_head=(0.008, 0.65, 0.95, 0.0), adam_tables=(0.3, 0.65, 0.95, 0.0), cooldown=0.8)),
     "gpt2-medium": Preset((), dict(  # a larger size of gpt2; not proven
         steps=4740, layers=16, heads=8, width=1024, paired_layers=(0, 3, 7, 14), attention_free=(9,),
-        short_layers=(0, 1, 2, 3, 5, 6, 7, 8, 10, 11, 12, 13, 14), value_layers=(0, 1, 13, 14, 15),
-        gated_skip=(4, 9), backout=(10,), muon_lr=0.015)),
+        short_layers=(0, 1, 2, 3, 5, 6, 7, 8, 10, 11, 12, 13, 14), value_layers=(1, 2, 13, 14, 15),
+        attention_source=(10,), xsa_layers=(1, 2, 4, 5, 6, 8, 10, 11, 12, 13, 15),
+        gated_skip=(4, 9), muon_lr=0.015)),
     "gpt2-xl": Preset((), dict(  # about 1.5B parameters; not proven
         steps=20_000, layers=26, heads=12, width=1536, paired_layers=(0, 5, 12, 22),
         attention_free=(15,), short_layers=tuple(i for i in range(26) if i not in (8, 15, 25)),
-        value_layers=(0, 1, 23, 24, 25), gated_skip=(8, 15), backout=(17,), muon_lr=0.01)),
+        value_layers=(1, 2, 23, 24, 25), attention_source=(17,), gated_skip=(8, 15),
+        xsa_layers=tuple(i for i in range(1, 26) if i not in (5, 12, 15, 22)), muon_lr=0.01)),
 }
 
 
@@ -288,15 +308,10 @@ def value_at(values, stage):
     return values[min(stage, len(values) - 1)]
 
 
-def stage_ends(config):
-    """Where the stages end, in steps: equal parts of the schedule (#46), maybe within a step."""
-    scheduled = config.steps - round(config.extension * config.steps)
-    return [scheduled * part / STAGES for part in range(1, STAGES + 1)]
-
-
 def stage_borders(config):
-    """The first steps of stages 1, 2 and of the extension."""
-    return [math.ceil(end) for end in stage_ends(config)]
+    """The first steps of stages 1, 2 and of the extension: equal parts of the schedule (#46)."""
+    scheduled = config.steps - round(config.extension * config.steps)
+    return [round(scheduled * part / STAGES) for part in range(1, STAGES + 1)]
 
 
 def stage_of(step, config):
@@ -312,12 +327,11 @@ def tokens_until(step, config):
 
 
 def learning_rate_factor(step, config):
-    """Factor on all learning rates: a level by stage, then linear to the floor at the end of the
-    schedule (#19). A stage that begins with a step has its level from the next step on, as in #46."""
-    ends = stage_ends(config)
-    level = value_at(config.rate_levels, sum(step > end for end in ends))
-    length = round(config.cooldown * ends[-1])
-    left = min(1.0, max(0, ends[-1] - step) / length) if length else 1.0
+    """Factor on all learning rates: a level by stage (#46), then linear to the floor at the end of the
+    schedule (#19)."""
+    level, end = value_at(config.rate_levels, stage_of(step, config)), stage_borders(config)[-1]
+    begin = int(round((1 - config.cooldown) * end, 6))
+    left = min(1.0, max(0, end - step) / max(1, end - begin)) if config.cooldown else 1.0
     return level * left + config.rate_floor * (1 - left)
 
 
@@ -337,21 +351,32 @@ def windows_at(step, config):
     return (config.window_final or long) if step == config.steps else long, short
 
 
+def stage_left(step, config):
+    """The share of its stage that is still ahead: 1 in a stage's first step."""
+    stage, borders = stage_of(step, config), [0, *stage_borders(config), config.steps]
+    return (borders[stage + 1] - step) / max(1, borders[stage + 1] - borders[stage])
+
+
 def token_weights(step, config):
     """Weights of the losses of the next token, the one after it, ...: 1, 1/2, 1/4 (#53). Each stage
     predicts one token less than the stage before; in the course of it the last weight falls to 0."""
-    stage, ends = stage_of(step, config), stage_ends(config)
+    stage = stage_of(step, config)
     weights = [0.5**ahead for ahead in range(max(1, config.predicted_tokens - stage))]
     if len(weights) > 1 and stage < STAGES:
-        weights[-1] *= (ends[stage] - step) / ends[0]
+        weights[-1] *= stage_left(step, config)
     return tuple(weights)
+
+
+def prefix_weight(step, config):
+    """Weight of the loss of the next token's prefix (#88): whole in stage 0, falling in stage 1."""
+    return config.prefix_weight * (1.0, stage_left(step, config), 0.0, 0.0)[stage_of(step, config)]
 
 
 def last_tied_step(config):
     """The last step in which embedding and head are one table (#53): one where Adam updates. -1: none."""
     if not config.tied_until:
         return -1
-    last = math.ceil(round(config.tied_until * stage_ends(config)[-1], 6))
+    last = math.ceil(round(config.tied_until * stage_borders(config)[-1], 6))
     return last + (-last - 1) % config.adam_every
 
 
@@ -361,12 +386,13 @@ class Phase(NamedTuple):
     stage: int
     windows: tuple[int, int]  # long, short
     token_weights: tuple[float, ...]
+    prefix_weight: float
     tied: bool  # embedding and head are one table
 
 
 def phase_at(step, config):
-    tied = step <= last_tied_step(config)
-    return Phase(stage_of(step, config), windows_at(step, config), token_weights(step, config), tied)
+    return Phase(stage_of(step, config), windows_at(step, config), token_weights(step, config),
+                 prefix_weight(step, config), step <= last_tied_step(config))
 
 
 def yarn(stage, config):
@@ -395,7 +421,7 @@ def yarn(stage, config):
 # number of processes.
 
 SHARD_MAGIC, SHARD_VERSION, HEADER_BYTES = 20240520, 1, 1024
-GPT2_VOCABULARY, GPT2_SEPARATOR = 50257, 50256
+GPT2_VOCABULARY, GPT2_SEPARATOR, PREFIXES = 50257, 50256, "prefixes.bin"
 
 
 class Shard(NamedTuple):
@@ -500,6 +526,19 @@ class TokenStream:
         return tokens, starts
 
 
+def read_prefixes(stream):
+    """(vocabulary,) int32: of each token, the token of the longest proper prefix of its bytes (#88), -1:
+    none. None if no token has one. `data/` writes it beside the shards. Raises UserError."""
+    path = os.path.join(os.path.dirname(stream.shards[0].path), PREFIXES)
+    if not os.path.isfile(path):
+        raise UserError(f"the prefix loss needs {path}; make it: {shard_command(path)}; or give "
+                        "--prefix-weight 0")
+    prefixes = np.fromfile(path, "<i4")
+    if len(prefixes) != stream.vocabulary or prefixes.min() < -1 or prefixes.max() >= stream.vocabulary:
+        raise damaged(path, f"is not {stream.vocabulary} tokens or -1 as int32")
+    return prefixes if prefixes.max() >= 0 else None
+
+
 class Cursor(NamedTuple):
     """Where the next row comes from: with the seed, all that a run has to remember of its data."""
 
@@ -516,12 +555,18 @@ class Batch(NamedTuple):
     following: Cursor = Cursor()  # of the next step
 
 
-def training_row(stream, position, row_tokens, config):
+def row_shape(stage, config):
+    """Tokens of a row, and of its longest document."""
+    tokens = value_at(config.row_tokens, stage)
+    return tokens, value_at(config.document_tokens, stage) or tokens + 1
+
+
+def training_row(stream, position, shape, config):
     """The row that begins at `position`: (T + 1,) uint16, inputs and the last target; (T + 1,) bool,
     where a document starts; and the position of the next row. Every row begins with a document, none
-    longer than document_tokens (#29). What is cut off, by that or by the row's end, is dropped, or
-    is the next document."""
-    count, longest = row_tokens + 1, config.document_tokens or row_tokens + 1
+    longer than the shape says (#29). What is cut off, by that or by the row's end, is dropped, or is
+    the next document."""
+    count, longest = shape[0] + 1, shape[1]
     drops = config.long_documents == "drop"
     span = count + count // 2 if drops else count
     while True:  # until what was read holds a row and the start of the document after it
@@ -529,7 +574,7 @@ def training_row(stream, position, row_tokens, config):
         place = np.arange(span)
         inside = place - np.maximum.accumulate(place * starts)  # each token's place in its document
         if not drops:  # the last target is the next row's first input
-            return tokens, starts | (inside % longest == 0), position + row_tokens
+            return tokens, starts | (inside % longest == 0), position + count - 1
         kept = np.flatnonzero(inside < longest)[:count]
         following = np.flatnonzero(starts[kept[-1] + 1:])
         if len(kept) == count and len(following):
@@ -537,14 +582,14 @@ def training_row(stream, position, row_tokens, config):
         span *= 2
 
 
-def shuffled_rows(stream, config, row_tokens, epoch):
+def shuffled_rows(stream, config, shape, epoch):
     """Where each whole row of the stream begins, in the order of an epoch, to be taken from the end."""
     positions = [0]
     if config.long_documents == "continue":
-        positions = list(range(0, stream.tokens - row_tokens, row_tokens))
+        positions = list(range(0, stream.tokens - shape[0], shape[0]))
     else:
         while positions[-1] < stream.tokens:
-            positions.append(training_row(stream, positions[-1], row_tokens, config)[-1])
+            positions.append(training_row(stream, positions[-1], shape, config)[-1])
         # The last row begins, or runs on, beyond the end.
         del positions[-1 if positions[-1] == stream.tokens else -2:]
     return np.random.default_rng((config.seed, epoch)).permutation(positions).tolist()
@@ -552,20 +597,20 @@ def shuffled_rows(stream, config, row_tokens, epoch):
 
 def step_rows(stream, config, first=0, cursor=Cursor()):
     """Yield (tokens, starts, position) of each row of a step, and the next step's cursor; from step
-    `first` on. Shuffled, an epoch deals out all rows of one size; a stage with another size begins a
-    new one."""
+    `first` on. Shuffled, an epoch deals out all rows of one shape; a stage with another shape begins
+    a new one."""
     position, epoch, left = cursor
-    size = value_at(config.row_tokens, stage_of(max(0, first - 1), config))  # of the rows that are left
-    drawn = shuffled_rows(stream, config, size, epoch - 1)[:left] if left else []
+    shape = row_shape(stage_of(max(0, first - 1), config), config)  # of the rows that are left
+    drawn = shuffled_rows(stream, config, shape, epoch - 1)[:left] if left else []
     for step in range(first, config.steps):
         stage, rows = stage_of(step, config), []
-        if value_at(config.row_tokens, stage) != size:
-            drawn, size = [], value_at(config.row_tokens, stage)
-        for _ in range(value_at(config.tokens_per_step, stage) // size):
+        if row_shape(stage, config) != shape:
+            drawn, shape = [], row_shape(stage, config)
+        for _ in range(value_at(config.tokens_per_step, stage) // shape[0]):
             if config.shuffle and not drawn:
-                drawn, epoch = shuffled_rows(stream, config, size, epoch), epoch + 1
+                drawn, epoch = shuffled_rows(stream, config, shape, epoch), epoch + 1
             begin = drawn.pop() if drawn else position
-            tokens, starts, position = training_row(stream, begin, size, config)
+            tokens, starts, position = training_row(stream, begin, shape, config)
             rows.append((tokens, starts, begin))
         yield rows, Cursor(position, epoch, len(drawn))
 
@@ -690,9 +735,10 @@ def attention(query, key, value, mask):
 
 # --------------------------------------------------------------------------------------------------
 # Model. In: rows, and where their documents start. Out: the last hidden state (R, T, D), which the
-# loss takes to logits.
+# loss takes to logits. Each block adds to the residual stream, (R, T, D).
 
-GATE_CHANNELS, VALUE_TABLES, MLP_RATIO = 12, 3, 4
+GATE_CHANNELS, MLP_RATIO, MUDD_WIDTH = 12, 4, 64
+BIGRAM_INIT, VALUE_INIT, EMBEDDING_INIT = 0.05, 0.01, 0.005
 
 
 def rms_norm(x, epsilon):
@@ -758,6 +804,23 @@ def bigram_rows(tokens, rows):
     return torch.cat((first, hashed[:, 1:]), dim=1)
 
 
+def sign_rows(tokens, rows):
+    """(R, T) int32 -> the row of signs of each token and the one before (#83); 0 for the first."""
+    return (tokens ^ previous(tokens)) % rows
+
+
+def add_first(x, part):
+    """(R, T, D) + (R, T, n) on the first n channels."""
+    return x + F.pad(part, (0, x.shape[-1] - part.shape[-1]))
+
+
+def leave_out(out, value, alpha):
+    """XSA (#82): each head's output (R, T, H, K) loses tanh(alpha) of its part along the token's own
+    value, which the token knows already. alpha (H,)."""
+    along = (out * value).sum(-1, keepdim=True) / value.square().sum(-1, keepdim=True).clamp_min(1e-8)
+    return out - alpha.tanh().to(out.dtype)[:, None] * along * value
+
+
 def wide(dtype):
     """At least float32: of scalars, gates and optimizer state."""
     return torch.promote_types(dtype, torch.float32)
@@ -768,85 +831,127 @@ def parameter(*shape, dtype, first=0.0, used=True):
     return nn.Parameter(torch.full(shape, first, dtype=dtype)) if used else None
 
 
+def draw_uniform(tensor, bound, generator):
+    tensor.data.copy_(torch.empty(tensor.shape).uniform_(-bound, bound, generator=generator))
+
+
 def compiled_if(compiled, function):
     return torch.compile(function, dynamic=False, fullgraph=True) if compiled else function
 
 
-class Layer(NamedTuple):
-    """What one layer has."""
+class Mudd(nn.Module):
+    """Weights that depend on the token (MUDDFormer, #81), computed from the stream."""
 
-    attends: bool
-    short: bool  # `short` and `paired` choose the mask
-    paired: bool
-    key_offset: bool
-    value_table: int | None
-    value_residual: bool
+    def __init__(self, values, width, dtype):
+        """values: of the weights, at first, for every token."""
+        super().__init__()
+        self.mudd_in = parameter(MUDD_WIDTH, width, dtype=dtype)
+        self.mudd_out = parameter(len(values), MUDD_WIDTH, dtype=dtype)
+        self.mudd_bias = nn.Parameter((10 * torch.tensor(values, dtype=torch.float64)).to(dtype))
+
+    def weights(self, x):
+        """(R, T, D) -> one (R, T, 1) for each value."""
+        hidden = F.gelu(F.linear(x, self.mudd_in))
+        return (0.1 * F.linear(hidden, self.mudd_out, self.mudd_bias)).split(1, dim=-1)
+
+    def forward(self, x, streams):
+        """The stream with these, (R, T, D) or None, added by their weights."""
+        return x + weighted(self.weights(x), streams)
 
 
-def layer_plan(config):
-    """The layers in order. Value tables are taken in turn: layers 0, 1, 8, 9, 10 take 0, 1, 2, 0, 1."""
-    tables = {layer: i % VALUE_TABLES for i, layer in enumerate(sorted(set(config.value_layers)))}
-    own_keys = config.short_layers + config.paired_layers
-    return [Layer(i not in config.attention_free, i in config.short_layers, i in config.paired_layers,
-                  config.key_offset and i not in own_keys, tables.get(i),
-                  config.value_residual and i > 0) for i in range(config.layers)]
+def weighted(weights, streams):
+    return sum(weight * stream for weight, stream in zip(weights, streams, strict=True)
+               if stream is not None)
 
 
 class Shared(NamedTuple):
     """What all blocks of a pass see."""
 
     x0: Tensor  # (R, T, D) the embedding
-    bigram: Tensor | None  # (R, T, D)
+    bigram: Tensor | None  # (R, T, n)
     cosine: Tensor  # (positions, n)
     sine: Tensor
     scale: Tensor  # () of the softmax
 
 
 class Block(nn.Module):
-    """Attention and MLP. It does not know its number, so that layers share compiled graphs."""
+    """Attention and MLP. It does not keep its number, so that layers share compiled graphs."""
 
-    def __init__(self, config, layer, dtype):
+    def __init__(self, layer, config, dtype):
         super().__init__()
         self.heads, self.qk_norm, self.epsilon = config.heads, config.qk_norm, config.rms_epsilon
-        self.attends, self.paired, self.key_offset = layer.attends, layer.paired, layer.key_offset
+        self.attends, self.paired = layer not in config.attention_free, layer in config.paired_layers
+        self.short, self.mixing = layer in config.short_layers, config.mixing
+        self.key_offset = config.key_offset and not (self.short or self.paired)
         width, matrix = config.width, dtype if config.split_precision else wide(dtype)
-        scalar, mixes = partial(parameter, dtype=wide(dtype)), layer.attends and config.attention_mix
+        scalar, sublayers = partial(parameter, dtype=wide(dtype)), 1 + self.attends
         gates = partial(scalar, config.heads, min(GATE_CHANNELS, width))
-        # query, key, value, output; up, down transposed
-        self.attention = parameter(4, width, width, dtype=matrix, used=layer.attends)
-        self.mlp = parameter(2, MLP_RATIO * width, width, dtype=matrix)
-        self.residual = scalar(first=config.residual_init, used=config.x0_shortcut)
-        self.x0 = scalar(used=config.x0_shortcut)
-        self.bigram = scalar(first=0.1, used=config.bigram > 0)
-        self.in_scale = scalar(first=0.5, used=mixes)
-        self.out_scale = scalar(first=1.0, used=mixes)
-        self.value_mix = scalar(first=0.5, used=layer.value_residual)
-        self.attention_gate = gates(used=layer.attends and config.attention_gates)
-        self.value_gate = gates(used=layer.value_table is not None and config.value_gates)
+        # Queries and keys of some heads at a time, which Muon orthogonalises together (#80).
+        together = math.gcd(config.heads, config.qk_heads)
+        self.qk = parameter(2 * config.heads // together, together * width // config.heads, width,
+                            dtype=matrix, used=self.attends)
+        self.vo = parameter(2, width, width, dtype=matrix, used=self.attends)  # value, output
+        self.mlp = parameter(2, MLP_RATIO * width, width, dtype=matrix)  # up, down transposed
+        static, first = not (config.mudd and layer == config.layers - 1), config.residual_init
+        self.mudd = None if static else Mudd((0.0,) * 6 + (
+            2.0, 2.0, first, 1.0, 0.0, BIGRAM_INIT, first, 1.0), width, dtype)
+        # Weights of the stream, by sublayer or of the whole block, and of what is added to it.
+        each = [sublayers] if self.mixing == "sublayers" else []
+        mixes = static and self.mixing != "none"
+        self.residual = scalar(*each, first=first, used=mixes)
+        self.output = scalar(*each, first=1.0, used=mixes and bool(each))
+        self.x0 = scalar(used=mixes and (self.attends or not each))
+        self.bigram = scalar(first=BIGRAM_INIT,
+                             used=static and self.attends and layer > 0 and config.bigram > 0)
+        self.in_scale = scalar(first=0.5, used=self.attends and config.attention_mix)
+        self.out_scale = scalar(first=1.0, used=self.attends and config.attention_mix)
+        self.xsa = scalar(config.heads, used=layer in config.xsa_layers)
+        self.value_mix = scalar(first=0.5, used=self.attends and config.value_residual and layer > 0)
+        self.attention_gate = gates(used=self.attends and config.attention_gates)
+        self.value_gate = gates(used=static and layer in config.value_layers and config.value_gates)
 
-    def forward(self, x, shared, mask, skip, value_embedding, first_value):
-        """All (R, T, D), but for layer 0's values (R, T, H, K). Returns the stream, and the values
-        of this layer if it is the first."""
+    def forward(self, x, shared, mask, skip, source, embedding, first_value):
+        """All (R, T, D), but for layer 0's values (R, T, H, K). Attention reads the source, if there is
+        one, or the stream. Returns the stream, and the values of this layer if it is the first."""
         value, x = None, x if skip is None else x + skip
-        if self.residual is not None:
-            x = self.residual * x + self.x0 * shared.x0
-        if self.bigram is not None:
-            x = x + self.bigram * shared.bigram
+        normed, heads = rms_norm(x if source is None else source, self.epsilon), (self.heads, -1)
+        residual, output, x0, bigram, added = self.residual, self.output, self.x0, self.bigram, None
+        if embedding is not None:  # (#14)
+            added = embedding.unflatten(-1, heads)
+        if self.value_gate is not None:  # sees both (#55, #70)
+            half = self.value_gate.shape[-1] // 2
+            seen = torch.cat((normed[..., :half], embedding[..., :half]), dim=-1)
+            added = 2 * gate(seen, self.value_gate)[..., None] * added
+        if self.mudd is not None:
+            weights, streams = self.mudd.weights(x), (shared.x0, source, x)
+            halves = torch.cat(weights[6:8], dim=-1).repeat_interleave((self.heads + 1) // 2, dim=-1)
+            added = 0 if added is None else halves[..., :self.heads, None] * added
+            added = added + weighted(weights[:3], streams).unflatten(-1, heads)
+            x = x + weighted(weights[3:6], streams)
+            residual, output = (weights[8], weights[12]), (weights[9], weights[13])
+            x0, bigram = weights[10:12]
+        elif self.mixing == "blocks":
+            x = residual * x + x0 * shared.x0
+            normed, residual, x0 = rms_norm(x if source is None else source, self.epsilon), None, None
         if self.attends:
-            normed = rms_norm(x, self.epsilon)
-            attended, value = self.attend(normed, shared, mask, value_embedding, first_value)
-            x = x + attended
+            attended, value = self.attend(normed, shared, mask, added, first_value)
+            x = x + attended if output is None else residual[0] * x + output[0] * attended
+            x = x if x0 is None else x + x0 * shared.x0
+            x = x if bigram is None or shared.bigram is None else add_first(x, bigram * shared.bigram)
         up, down = self.mlp.to(x.dtype).unbind(0)
-        hidden = F.linear(rms_norm(x, self.epsilon), up).relu().square()  # ReLU^2 (Primer)
-        return x + hidden @ down, value if first_value is None else None
+        hidden = F.linear(rms_norm(x, self.epsilon), up).relu().square() @ down  # ReLU^2 (Primer)
+        x = x + hidden if output is None else residual[-1] * x + output[-1] * hidden
+        return x, value if first_value is None else None
 
-    def attend(self, x, shared, mask, value_embedding, first_value):
-        """What attention adds to the stream, (R, T, D), and this layer's own values, (R, T, H, K)."""
-        rows, tokens, _ = x.shape
-        qkv_weight, out_weight = self.attention.to(x.dtype).split((3, 1))
+    def attend(self, x, shared, mask, added, first_value):
+        """What attention adds to the stream, (R, T, D), and this layer's own values, (R, T, H, K).
+        added: to the values."""
+        rows, tokens, width = x.shape
+        qk_weight, (value_weight, out_weight) = self.qk.to(x.dtype).view(-1, width), self.vo.to(x.dtype)
+        qkv_weight = torch.cat((qk_weight, value_weight))
         if self.in_scale is not None:  # on the weights, where it costs least (#47, #48)
             qkv_weight, out_weight = self.in_scale * qkv_weight, self.out_scale * out_weight
-        qkv = F.linear(x, qkv_weight.flatten(0, 1)).view(rows, tokens, 3 * self.heads, -1)
+        qkv = F.linear(x, qkv_weight).view(rows, tokens, 3 * self.heads, -1)
         query, key, own_value = qkv.chunk(3, dim=2)  # (R, T, H, K) each
         if self.qk_norm:
             query, key = rms_norm(query, self.epsilon), rms_norm(key, self.epsilon)
@@ -855,19 +960,20 @@ class Block(nn.Module):
         query, key, value = rotary(query, *tables) * shared.scale, rotary(key, *tables), own_value
         if first_value is not None:
             value = torch.lerp(value, first_value, self.value_mix.to(value.dtype))
-        if value_embedding is not None:  # (#14), through a gate (#55)
-            share = 2 * gate(x, self.value_gate)[..., None] if self.value_gate is not None else 1
-            value = value + share * value_embedding.view(value.shape)
+        if added is not None:
+            value = value + added
         if self.key_offset:
             key = offset_keys(key, 2 * shared.cosine.shape[-1])
+        parts = query, key, value
         if self.paired:  # (R, 2 T, H / 2, K): heads h and h + H / 2 are two positions (#58)
-            query, key, value = (part.reshape(rows, 2 * tokens, self.heads // 2, -1)
-                                 for part in (query, key, value))
-        out = attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), mask)
+            parts = [part.reshape(rows, 2 * tokens, self.heads // 2, -1) for part in parts]
+        out = attention(*(part.transpose(1, 2) for part in parts), mask)
         out = out.transpose(1, 2).reshape(rows, tokens, self.heads, -1)
+        if self.xsa is not None:
+            out = leave_out(out, value, self.xsa)
         if self.attention_gate is not None:
             out = out * gate(x, self.attention_gate)[..., None]
-        return F.linear(out.flatten(2), out_weight[0]), own_value
+        return F.linear(out.flatten(2), out_weight), own_value
 
 
 def run_block(block, *arguments):
@@ -879,35 +985,41 @@ class GPT(nn.Module):
     """The language model. Parameters: embedding and head (V, D), V padded to a multiple of 64;
     12 D^2 per block; tables of value embeddings and of bigrams; gates and scalars."""
 
-    def __init__(self, config, vocabulary, float8=False, compiled=False):
+    def __init__(self, config, vocabulary, prefixes=None, float8=False, compiled=False):
         """Weights are drawn on the CPU from config.seed: the same for every process and device.
-        float8: the head's products in training. compiled: block by block, so that layers of a kind
-        share a graph, and gradients are there as soon as their layer is done."""
+        prefixes: (vocabulary,) int, of each token, -1: none. float8: the head's products in training.
+        compiled: block by block, so that layers of a kind share a graph, and gradients are there as
+        soon as their layer is done."""
         super().__init__()
-        self.config, self.vocabulary, self.plan = config, vocabulary, layer_plan(config)
+        self.config, self.vocabulary = config, vocabulary
         self.dtype, self.float8, self.compiled = getattr(torch, config.dtype), float8, compiled
         self.run_block = compiled_if(compiled, run_block)
         self.chunk_loss = compiled_if(compiled, chunk_loss)
         padded, width, tied = -(-vocabulary // 64) * 64, config.width, config.tied_until > 0
-        scalar, draw = partial(parameter, dtype=wide(self.dtype)), torch.Generator()
-        draw.manual_seed(config.seed)
-        table = torch.randn(padded, width, generator=draw) * (0.005 if tied else 1)
+        scalar, rows = partial(parameter, dtype=wide(self.dtype)), partial(parameter, dtype=self.dtype)
+        draw = torch.Generator().manual_seed(config.seed)
+        table = torch.randn(padded, width, generator=draw) * (EMBEDDING_INIT if tied else 1)
         self.embedding = nn.Parameter(table.to(self.dtype))
         self.head = nn.Parameter(table.to(self.dtype, copy=True) if tied
                                  else torch.zeros(padded, width, dtype=wide(self.dtype)))
-        self.blocks = nn.ModuleList(Block(config, layer, self.dtype) for layer in self.plan)
-        for block in self.blocks:  # what adds to the stream starts at zero
+        self.blocks = nn.ModuleList(Block(i, config, self.dtype) for i in range(config.layers))
+        for block in self.blocks:
             drawn = [(block.mlp[0], config.mlp_init)]
             if block.attends:
-                drawn.insert(0, (block.attention[:3], config.attention_init))
+                drawn = [(block.qk, config.attention_init), (block.vo[0], config.attention_init),
+                         (block.vo[1], config.output_init), *drawn]
             for matrices, spread in drawn:
-                bound = spread * (3 / width) ** 0.5
-                uniform = torch.empty(matrices.shape).uniform_(-bound, bound, generator=draw)
-                matrices.data.copy_(uniform)
-        rows = partial(parameter, dtype=self.dtype)
-        self.value_tables = nn.ParameterList(
-            rows(padded, width) for _ in range(min(VALUE_TABLES, len(set(config.value_layers)))))
-        self.bigram_table = rows(config.bigram * padded, width, used=config.bigram > 0)
+                if spread:
+                    draw_uniform(matrices, spread * (3 / width) ** 0.5, draw)
+        self.table_of = {layer: i for i, layer in enumerate(sorted(set(config.value_layers)))}
+        self.value_tables = nn.ParameterList(rows(padded, width) for _ in self.table_of)
+        for table in self.value_tables:
+            table.data.copy_(VALUE_INIT * torch.randn(table.shape, generator=draw))
+        channels = min(config.bigram_width, width)
+        self.bigram_table = rows(config.bigram * padded, channels, used=config.bigram > 0)
+        self.bigram = scalar(first=BIGRAM_INIT, used=config.bigram > 0)  # layer 0's
+        signs = torch.rand(config.bigram_signs, channels, generator=draw).sub(0.5).sign().to(self.dtype)
+        self.register_buffer("signs", signs if config.bigram_signs * config.bigram else None)
         channels = min(GATE_CHANNELS, width)
         self.smear_mix = scalar(used=config.smear)
         self.smear_gate = scalar(channels, used=config.smear)
@@ -920,39 +1032,50 @@ class GPT(nn.Module):
         first = -1.5 if config.gated_skip else 1.0
         self.skip_mix = scalar(len(self.skips), first=first, used=bool(self.skips))
         self.skip_gate = scalar(channels, used=bool(config.gated_skip))
-        self.backout_mix = scalar(first=0.5, used=bool(config.backout))
+        self.readout = Mudd((0.0, -0.5, 0.0, 0.0, 0.0), width, self.dtype) if config.mudd else None
+        for part in (self.blocks[-1].mudd, self.readout) if config.mudd else ():
+            draw_uniform(part.mudd_in, width**-0.5, draw)
         frequencies, scales = zip(*(yarn(stage, config) for stage in range(STAGES + 1)), strict=True)
         self.register_buffer("frequencies", torch.stack(frequencies), persistent=False)
         scales = torch.tensor(scales, dtype=wide(self.dtype))
         self.register_buffer("scales", scales, persistent=False)
+        if prefixes is not None:  # of target -1, the last one: none
+            prefixes = F.pad(torch.as_tensor(prefixes, dtype=torch.int64), (0, 1), value=-1)
+        self.register_buffer("prefixes", prefixes, persistent=False)
 
     def forward(self, inputs, starts, phase):
         """(R, T) int32, (R, T) bool -> (R, T, D), normed, ready for the head."""
         config, masks = self.config, attention_masks(self, starts, phase.windows)
-        table, bigram = self.head if phase.tied else self.embedding, None
-        embedding = F.embedding(inputs, table).to(self.dtype)
+        embedding = F.embedding(inputs, self.head if phase.tied else self.embedding).to(self.dtype)
         if config.smear:
             embedding = smear(embedding, self.smear_mix, self.smear_gate)
+        x0, bigram = rms_norm(embedding, config.rms_epsilon), None
         if config.bigram:
             bigram = F.embedding(bigram_rows(inputs, len(self.bigram_table)), self.bigram_table)
-        x = x0 = rms_norm(embedding, config.rms_epsilon)
+            if self.signs is not None:
+                bigram = bigram * F.embedding(sign_rows(inputs, len(self.signs)), self.signs)
+            x0 = add_first(x0, self.bigram * bigram)
         positions = inputs.shape[1] * (2 if config.paired_layers else 1)
         tables = rotary_tables(self.frequencies[phase.stage], positions, self.dtype)
         shared = Shared(x0, bigram, *tables, self.scales[phase.stage])
-        run, outputs, first_value = self.run_block, {}, None
+        run, x, source, first_value, outputs, values = self.run_block, x0, None, None, {}, {}
         if config.recompute and torch.is_grad_enabled():
             run = partial(recomputed, run, use_reentrant=False, preserve_rng_state=False)
-        for i, (block, layer) in enumerate(zip(self.blocks, self.plan, strict=True)):
-            skip, values, mask = self.skip(i, x0, outputs), None, masks.get((layer.short, layer.paired))
-            if layer.value_table is not None:
-                values = F.embedding(inputs, self.value_tables[layer.value_table])
-            x, value = run(block, x, shared, mask, skip, values, first_value)
-            if i in self.skips.values() or i in config.backout:
+        for i, block in enumerate(self.blocks):
+            skip, mask = self.skip(i, x0, outputs), masks.get((block.short, block.paired))
+            if i in self.table_of:
+                values[i] = F.embedding(inputs, self.value_tables[self.table_of[i]])
+            before = x
+            x, value = run(block, x, shared, mask, skip, source, values.get(i), first_value)
+            if i in self.skips.values():
                 outputs[i] = x
+            if i in config.attention_source:  # (#77)
+                source = x
             if config.value_residual and i == 0:
                 first_value = value
-        for source in config.backout:  # (#40)
-            x = x - self.backout_mix * outputs[source]
+        if self.readout is not None:
+            streams = [x0, source, before, *list(values.values())[:1], *list(outputs.values())[:1]]
+            x = run(self.readout, x, streams)
         return rms_norm(x, config.rms_epsilon)
 
     def skip(self, layer, x0, outputs):
@@ -965,12 +1088,16 @@ class GPT(nn.Module):
         return share * outputs[self.skips[layer]]
 
     def loss(self, batch, phase):
-        """Sums, not means, of cross-entropies in nats, () and at least float32: of the next tokens
-        of every token, weighted, for training; of the next token alone, to report."""
+        """Sums, not means, of cross-entropies in nats, () and at least float32: of all targets of every
+        token, weighted, for training; of the next token alone, to report."""
         hidden = self(batch.inputs, batch.starts, phase).flatten(0, 1)
-        targets = torch.stack([F.pad(batch.targets[:, k:], (0, k), value=-1)
-                               for k in range(len(phase.token_weights))], dim=-1).flatten(0, 1)
-        weights = [torch.tensor(w, dtype=wide(self.dtype)) for w in phase.token_weights]
+        targets = [F.pad(batch.targets[:, k:], (0, k), value=-1) for k in range(len(phase.token_weights))]
+        weights = [*phase.token_weights]
+        if phase.prefix_weight and self.prefixes is not None:
+            targets.append(self.prefixes[batch.targets])
+            weights.append(phase.prefix_weight)
+        targets = torch.stack(targets, dim=-1).flatten(0, 1)
+        weights = [torch.tensor(weight, dtype=wide(self.dtype)) for weight in weights]
         return ChunkedLoss.apply(hidden, self.head, targets, weights, self, torch.is_grad_enabled())
 
     def logits(self, hidden):
@@ -983,7 +1110,7 @@ def attention_masks(model, starts, windows):
     """(R, T) bool and the (long, short) windows -> a mask by (short, paired). In paired layers a
     token has two positions, and the window counts positions."""
     masks, doubled = {}, torch.stack((starts, torch.zeros_like(starts)), dim=-1).flatten(1)
-    for short, paired in {(layer.short, layer.paired) for layer in model.plan if layer.attends}:
+    for short, paired in {(block.short, block.paired) for block in model.blocks if block.attends}:
         first_key = first_visible_key(doubled if paired else starts, windows[short])
         masks[short, paired] = block_mask(first_key) if model.compiled else span_mask(first_key)
     return masks
@@ -1212,10 +1339,15 @@ def orthogonalise(update, kind, dtype):
     return (x.mT if tall else x).reshape(update.shape)
 
 
+def equalised_axis(matrices):
+    """The axis of a mean square: NorMuon's is of each row, or where rows are longer, column (#80)."""
+    return -1 if matrices.shape[-2] >= matrices.shape[-1] else -2
+
+
 def equalise_rows(update, mean_square, beta2):
     """NorMuon (#41): divide each row by its running root mean square, keep each matrix's norm.
-    Matrices (n, rows, columns), mean squares (n, rows, 1)."""
-    square = update.square().mean(-1, keepdim=True)
+    Matrices (n, rows, columns), mean squares (n, rows, 1); of wide matrices, each column."""
+    square = update.square().mean(equalised_axis(update), keepdim=True)
     mean_square.lerp_(square, 1 - beta2)
     factor = mean_square.clamp_min(1e-10).rsqrt()
     before, after = (part.sum((-2, -1), keepdim=True).sqrt() for part in (square, square * factor.square()))
@@ -1270,16 +1402,17 @@ class Muon(Group):
     """Matrices of one shape, orthogonalised as one batch. State: average of gradients, mean squares
     of rows, and the low bits of bfloat16 weights."""
 
-    def __init__(self, name, parameters, scales, model, processes):
-        """scales: of the matrices of a parameter, in order, the factor on their update."""
-        super().__init__(name, parameters, 2, model.config, processes)
+    def __init__(self, name, axes, parameters, scales, model, processes):
+        """scales: for each parameter, factors on the updates of its matrices, in turn."""
+        super().__init__(name, parameters, axes, model.config, processes)
         self.dtype, self.kernel = model.dtype, compiled_if(model.compiled, muon_update)
         average = torch.zeros_like(self.shard, dtype=self.wide)
-        self.state = [average, torch.zeros_like(average[..., :1])]
+        self.state = [average, torch.zeros_like(average.mean(equalised_axis(average), keepdim=True))]
         if self.weights.dtype == torch.bfloat16:
             self.state.append(torch.zeros_like(self.shard, dtype=torch.int16))
         scale = average.new_zeros(len(self.weights))
-        scale[:self.length] = torch.tensor(scales).repeat(len(parameters))
+        for part, factors in zip(self.parts, scales, strict=True):
+            scale[part] = torch.tensor(factors).repeat((part.stop - part.start) // len(factors))
         self.scale = scale[self.mine, None, None]
 
     def is_due(self, step):
@@ -1296,7 +1429,7 @@ class Muon(Group):
 class Adam(Group):
     """Tables, by row, or gates and scalars. State: mean and mean square of the gradients."""
 
-    def __init__(self, name, parameters, axes, settings, model, processes):
+    def __init__(self, name, axes, parameters, settings, model, processes):
         """settings: rate, beta1, beta2, decay of each parameter."""
         super().__init__(name, parameters, axes, model.config, processes)
         self.settings = self.per_item(settings)
@@ -1321,24 +1454,29 @@ def optimizer_groups(model, processes):
     for name, p in model.named_parameters():
         kind = [word for word in name.split(".") if not word.isdigit()][-1]
         members.setdefault(kind, []).append(p)
-    scales = {"mlp": (MLP_RATIO**0.5, config.down_scale), "attention": (1.0,) * 4}  # Muon
-    tables = {"head": config.adam_head, "value_tables": config.adam_tables,
-              "bigram_table": config.adam_tables, "embedding": config.adam_embedding}
-    rate, *betas, _ = config.adam_gates
-    small = {"attention_gate": config.adam_gates, "value_gate": config.adam_gates, "x0": config.adam_x0,
-             "smear_gate": (0.01 * rate, *betas, 0.0), "skip_gate": (0.05 * rate, *betas, 0.0)}  # (#55)
-    rest = [(kind, p) for kind, found in members.items() if kind not in scales | tables for p in found]
-
-    groups = []
-    for kind in ("head", "mlp", "attention", "small", "value_tables", "bigram_table", "embedding"):
-        found = members.get(kind, [])
-        if found and kind in scales:
-            groups.append(Muon(kind, found, scales[kind], model, processes))
-        elif found:
-            groups.append(Adam(kind, found, 1, [tables[kind]] * len(found), model, processes))
-        elif kind == "small" and rest:
-            settings = [small.get(word, config.adam_scalars) for word, _ in rest]
-            groups.append(Adam(kind, [p for _, p in rest], 0, settings, model, processes))
+    gates, (rate, *betas, decay) = config.adam_gates, config.adam_gates
+    mixing, scalars = config.adam_mixing, config.adam_scalars
+    groups, plan = [], (  # name, axes, and settings of its kinds; those of Muon are factors by matrix
+        ("head", 1, {"head": config.adam_head}),
+        ("mlp", 2, {"mlp": (MLP_RATIO**0.5, config.down_scale)}),
+        ("qk", 2, {"qk": (1.0,)}),
+        ("vo", 2, {"vo": (1.0,)}),
+        ("small", 0, {
+            "attention_gate": gates, "value_gate": gates, "residual": config.adam_residual,
+            "output": mixing, "x0": mixing, "bigram": mixing, "xsa": mixing, "in_scale": scalars,
+            "out_scale": scalars, "value_mix": scalars, "smear_mix": scalars, "skip_mix": scalars,
+            "smear_gate": (0.01 * rate, *betas, 0.0), "skip_gate": (0.05 * rate, *betas, 0.0)}),  # (#55)
+        ("mudd", 0, {"mudd_in": (rate / 4, *betas, decay), "mudd_out": (rate / 4, *betas, decay),
+                     "mudd_bias": (rate / 4, *betas, 0.0)}),
+        ("value_tables", 1, {"value_tables": config.adam_tables}),
+        ("bigram_table", 1, {"bigram_table": config.adam_tables}),
+        ("embedding", 1, {"embedding": config.adam_embedding}))
+    for name, axes, settings in plan:
+        found = [(p, settings[kind]) for kind in settings for p in members.pop(kind, ())]
+        if found:
+            kind = Muon if axes == 2 else Adam
+            groups.append(kind(name, axes, *zip(*found, strict=True), model, processes))
+    assert not members, f"parameters without a group: {[*members]}"
     for group in groups if processes.world > 1 else ():
         dist.broadcast(group.weights, 0)
     return {group.name: group for group in groups}
@@ -1409,7 +1547,7 @@ def validate(model, stream, tokens, step, processes):
     """Mean cross-entropy of the next token over the first `tokens` targets of the stream. Rows go
     round the processes; the sum is divided once, so that the number of processes does not matter."""
     config, row, device = model.config, model.config.val_row_tokens, processes.device
-    phase = phase_at(step, config)._replace(token_weights=(1.0,))
+    phase = phase_at(step, config)._replace(token_weights=(1.0,), prefix_weight=0.0)
     rows, world = rows_at_once(config, row, device), processes.world
     passes = range(-(-tokens // (rows * row * world)))  # as many on every process
     places = ((index * world + processes.rank) * rows * row for index in passes)
@@ -1464,6 +1602,7 @@ class Data(NamedTuple):
     train: TokenStream
     val: TokenStream
     val_tokens: int
+    prefixes: np.ndarray | None  # (vocabulary,) int32
     fingerprints: dict  # by part and shard
 
 
@@ -1492,8 +1631,11 @@ def open_data(config):
         raise UserError(f"the run reads {needed:,} tokens, {train.pattern} has {train.tokens:,}; make more "
                         f"({shard_command(train.pattern)}), or give --repeat true, fewer --steps, or "
                         "--long-documents continue")
-    return Data(train, val, min(config.val_tokens, val.tokens - 1),
-                {"train": train.fingerprints(), "val": val.fingerprints()})
+    found, prefixes = {"train": train.fingerprints(), "val": val.fingerprints()}, None
+    if config.prefix_weight:
+        prefixes = read_prefixes(train)
+        found["train"][PREFIXES] = 0 if prefixes is None else zlib.crc32(prefixes)
+    return Data(train, val, min(config.val_tokens, val.tokens - 1), prefixes, found)
 
 
 def is_due(step, period):
@@ -1554,7 +1696,7 @@ def train(config, processes):
     with RunLog(config, processes, saved) as log:
         log.line("\n".join([environment(processes), json.dumps(asdict(config)),
                             f"shards {json.dumps(data.fingerprints)}"]), show=False)
-        model = GPT(config, data.train.vocabulary, float8, compiled).to(device)
+        model = GPT(config, data.train.vocabulary, data.prefixes, float8, compiled).to(device)
         groups, progress = optimizer_groups(model, processes), Progress()
         for group in groups.values():
             log.line(f"{group.name:14} {sum(p.numel() for p in group.parameters):13,} parameters, "
@@ -1722,14 +1864,18 @@ def check_config(config):
         ("gated_skip", skip and config.unet_skips, "none, with --unet-skips true"),
         ("attention_free", config.value_residual and 0 in config.attention_free,
          "without layer 0, for --value-residual true"),
-        ("value_layers", {*config.value_layers} & {*config.attention_free},
-         f"without --attention-free {spelled(config.attention_free)}"),
-        ("backout", len(config.backout) > 1, "one layer or none"),
+        ("attention_source", len(config.attention_source) > 1, "one layer or none"),
+        ("attention_free", config.mudd and config.layers - 1 in config.attention_free,
+         "without the last layer, for --mudd true"),
         ("softcap", config.softcap[0] and config.softcap[1] <= 0, "of a range above 0")]
-    for name in ("short_layers", "paired_layers", "attention_free", "value_layers", "gated_skip", "backout"):
+    for name in ("short_layers", "paired_layers", "attention_free", "value_layers", "xsa_layers",
+                 "gated_skip", "attention_source"):
         wrong = any(layer >= config.layers for layer in getattr(config, name))
         rules.append((name, wrong, f"below --layers {config.layers}"))
-    for name in ("embedding", "head", "tables", "gates", "x0", "scalars"):
+    for name in ("value_layers", "xsa_layers"):
+        wrong = {*getattr(config, name)} & {*config.attention_free}
+        rules.append((name, wrong, f"without --attention-free {spelled(config.attention_free)}"))
+    for name in ("embedding", "head", "tables", "gates", "residual", "mixing", "scalars"):
         wrong = max(getattr(config, f"adam_{name}")[1:3]) >= 1
         rules.append((f"adam_{name}", wrong, "of betas below 1"))
     for name, wrong, right in rules:
