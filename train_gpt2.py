@@ -402,11 +402,10 @@ def yarn(stage, config):
     slowed by W / W', one of more than 32 turns is kept, those between are blended. The softmax
     grows sharper.
     """
-    head_width = config.width // config.heads
-    turning = 2 * round(config.rotary_share * head_width / 2)
+    channels, turning = head_channels(config)
     exponents = torch.arange(0, turning, 2, dtype=torch.float64) / max(1, turning)
     frequencies = config.rotary_base**-exponents
-    scale = config.attention_scale or head_width**-0.5
+    scale = config.attention_scale or channels**-0.5
     for before in range(min(stage, config.yarn)):
         old, new = value_at(config.window, before), value_at(config.window, before + 1)
         kept = ((old * frequencies / (2 * math.pi) - 1) / 31).clamp(0, 1)
@@ -666,10 +665,15 @@ def tokens_needed(stream, config):
 MASK_BLOCK = 128
 
 
-def first_visible_key(starts, window):
-    """(R, T) bool, tokens -> (R, T) int32: the first key of each query, at most `window` before it."""
+def document_starts(starts):
+    """(R, T) bool -> (R, T) int32: where the document of each token starts in its row."""
     position = torch.arange(starts.shape[1], dtype=torch.int32, device=starts.device)
-    document = (position * starts).cummax(dim=1).values
+    return (position * starts).cummax(dim=1).values
+
+
+def first_visible_key(document, window):
+    """(R, T) int32, tokens -> (R, T) int32: the first key of each query, at most `window` before it."""
+    position = torch.arange(document.shape[1], dtype=torch.int32, device=document.device)
     return torch.maximum(document, position - min(window, len(position)))
 
 
@@ -753,27 +757,30 @@ def gate(x, weight):
     return torch.sigmoid(x[..., :weight.shape[-1]] @ weight.to(x.dtype).movedim(-1, 0))
 
 
-def rotary_tables(frequencies, positions, dtype):
-    """(n,) float64 radians per token -> cosines and sines, (positions, n), from the row's start."""
+def rotary_tables(frequencies, positions, channels, dtype):
+    """(n,) float64 radians per token -> factors of a head's channels, and of those across, (positions,
+    K) each. Channels from 2 n on stay still."""
     position = torch.arange(positions, dtype=torch.float64, device=frequencies.device)
     angle = torch.outer(position, frequencies)
-    return angle.cos().to(dtype), angle.sin().to(dtype)
+    still = angle.new_zeros(positions, channels - 2 * len(frequencies))
+    cosine, sine = angle.cos(), angle.sin()
+    return (torch.cat((cosine, cosine, still + 1), dim=1).to(dtype),
+            torch.cat((sine, -sine, still), dim=1).to(dtype))
 
 
 def for_heads(table, tokens, heads, paired):
-    """Cosines or sines of all positions -> those of each token, (T, 1, n). In paired layers a token
-    has two positions, and head h has 2 t + h mod 2, as in the record (#58): (T, H, n)."""
+    """Factors of all positions -> those of each token, (T, 1, K). In paired layers a token has two
+    positions, and head h has 2 t + h mod 2, as in the record (#58): (T, H, K)."""
     if paired:
         return table[:2 * tokens].view(tokens, 2, -1).repeat(1, heads // 2, 1)
     return table[:tokens, None]
 
 
-def rotary(x, cosine, sine):
+def rotary(x, cosine, sine, turning):
     """Rotary position embedding (RoFormer) of (R, T, H, K): channels j and j + n turn together by
-    their position's angle, for j < n. Those from 2 n on stay still (half-truncated, #17)."""
-    n = cosine.shape[-1]
-    low, high, still = x.split((n, n, x.shape[-1] - 2 * n), dim=-1)
-    return torch.cat((low * cosine + high * sine, high * cosine - low * sine, still), dim=-1)
+    their position's angle, for j < n, 2 n = turning (half-truncated, #17)."""
+    across = x.unflatten(-1, (-1, 2, turning // 2)).flip(-2).flatten(-3) if turning else x
+    return x * cosine + across * sine
 
 
 def previous(x):
@@ -809,9 +816,9 @@ def sign_rows(tokens, rows):
     return (tokens ^ previous(tokens)) % rows
 
 
-def add_first(x, part):
-    """(R, T, D) + (R, T, n) on the first n channels."""
-    return x + F.pad(part, (0, x.shape[-1] - part.shape[-1]))
+def on_first(part, width):
+    """(R, T, n) -> (R, T, width): on the first n channels."""
+    return F.pad(part, (0, width - part.shape[-1]))
 
 
 def leave_out(out, value, alpha):
@@ -824,6 +831,12 @@ def leave_out(out, value, alpha):
 def wide(dtype):
     """At least float32: of scalars, gates and optimizer state."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def head_channels(config):
+    """Of a head, and how many of them rotary turns."""
+    channels = config.width // config.heads
+    return channels, 2 * round(config.rotary_share * channels / 2)
 
 
 def parameter(*shape, dtype, first=0.0, used=True):
@@ -842,21 +855,17 @@ def compiled_if(compiled, function):
 class Mudd(nn.Module):
     """Weights that depend on the token (MUDDFormer, #81), computed from the stream."""
 
-    def __init__(self, values, width, dtype):
+    def __init__(self, values, config, dtype):
         """values: of the weights, at first, for every token."""
         super().__init__()
-        self.mudd_in = parameter(MUDD_WIDTH, width, dtype=dtype)
+        self.mudd_in = parameter(MUDD_WIDTH, config.width, dtype=dtype)
         self.mudd_out = parameter(len(values), MUDD_WIDTH, dtype=dtype)
         self.mudd_bias = nn.Parameter((10 * torch.tensor(values, dtype=torch.float64)).to(dtype))
 
-    def weights(self, x):
+    def forward(self, x):
         """(R, T, D) -> one (R, T, 1) for each value."""
         hidden = F.gelu(F.linear(x, self.mudd_in))
         return (0.1 * F.linear(hidden, self.mudd_out, self.mudd_bias)).split(1, dim=-1)
-
-    def forward(self, x, streams):
-        """The stream with these, (R, T, D) or None, added by their weights."""
-        return x + weighted(self.weights(x), streams)
 
 
 def weighted(weights, streams):
@@ -864,12 +873,58 @@ def weighted(weights, streams):
                if stream is not None)
 
 
+class Entrance(nn.Module):
+    """From embeddings to the stream, and to what each layer takes up of them once more."""
+
+    def __init__(self, config, dtype):
+        super().__init__()
+        static = range(config.layers - config.mudd)  # MUDD weighs what the last layer takes up
+        attending = [i for i in static if i not in config.attention_free]
+        self.x0_layers = {"blocks": [*static], "sublayers": attending, "none": []}[config.mixing]
+        self.bigram_layers = [0, *(i for i in attending if i)] if config.bigram else []
+        scalar, self.epsilon = partial(parameter, dtype=wide(dtype)), config.rms_epsilon
+        count, channels = len(self.bigram_layers), min(GATE_CHANNELS, config.width)
+        self.x0_mix = scalar(len(self.x0_layers), used=self.x0_layers != [])
+        self.bigram_mix = scalar(count, first=BIGRAM_INIT, used=count > 0)  # the first in x0 itself
+        self.smear_mix = scalar(used=config.smear)
+        self.smear_gate = scalar(channels, used=config.smear)
+
+    def forward(self, embedding, bigram, signs):
+        """(R, T, D), twice (R, T, n) or None -> x0 (R, T, D), where the stream begins; bigrams, with their
+        signs; and by layer what it adds to the stream."""
+        if self.smear_mix is not None:
+            embedding = smear(embedding, self.smear_mix, self.smear_gate)
+        x0, width = rms_norm(embedding, self.epsilon), embedding.shape[-1]
+        if bigram is not None:
+            bigram = bigram if signs is None else bigram * signs
+            x0 = x0 + on_first(self.bigram_mix[0] * bigram, width)
+        injected = {layer: self.x0_mix[i] * x0 for i, layer in enumerate(self.x0_layers)}
+        for i, layer in enumerate(self.bigram_layers[1:], 1):
+            injected[layer] = injected.get(layer, 0) + on_first(self.bigram_mix[i] * bigram, width)
+        return x0, bigram, injected
+
+
+class Exit(nn.Module):
+    """From the stream to the head."""
+
+    def __init__(self, config, dtype):
+        super().__init__()
+        self.epsilon = config.rms_epsilon
+        self.mudd = Mudd((0.0, -0.5, 0.0, 0.0, 0.0), config, dtype) if config.mudd else None
+
+    def forward(self, x, streams):
+        """(R, T, D), and as many streams as MUDD weighs, or None for one that there is not."""
+        if self.mudd is not None:
+            x = x + weighted(self.mudd(x), streams)
+        return rms_norm(x, self.epsilon)
+
+
 class Shared(NamedTuple):
     """What all blocks of a pass see."""
 
     x0: Tensor  # (R, T, D) the embedding
     bigram: Tensor | None  # (R, T, n)
-    cosine: Tensor  # (positions, n)
+    cosine: Tensor  # (positions, K)
     sine: Tensor
     scale: Tensor  # () of the softmax
 
@@ -881,63 +936,66 @@ class Block(nn.Module):
         super().__init__()
         self.heads, self.qk_norm, self.epsilon = config.heads, config.qk_norm, config.rms_epsilon
         self.attends, self.paired = layer not in config.attention_free, layer in config.paired_layers
-        self.short, self.mixing = layer in config.short_layers, config.mixing
+        self.short, (channels, self.turning) = layer in config.short_layers, head_channels(config)
         self.key_offset = config.key_offset and not (self.short or self.paired)
         width, matrix = config.width, dtype if config.split_precision else wide(dtype)
-        scalar, sublayers = partial(parameter, dtype=wide(dtype)), 1 + self.attends
-        gates = partial(scalar, config.heads, min(GATE_CHANNELS, width))
+        scalar, gate_size = partial(parameter, dtype=wide(dtype)), min(GATE_CHANNELS, width)
         # Queries and keys of some heads at a time, which Muon orthogonalises together (#80).
         together = math.gcd(config.heads, config.qk_heads)
-        self.qk = parameter(2 * config.heads // together, together * width // config.heads, width,
-                            dtype=matrix, used=self.attends)
+        self.qk = parameter(2 * config.heads // together, together * channels, width, dtype=matrix,
+                            used=self.attends)
         self.vo = parameter(2, width, width, dtype=matrix, used=self.attends)  # value, output
         self.mlp = parameter(2, MLP_RATIO * width, width, dtype=matrix)  # up, down transposed
-        static, first = not (config.mudd and layer == config.layers - 1), config.residual_init
-        self.mudd = None if static else Mudd((0.0,) * 6 + (
-            2.0, 2.0, first, 1.0, 0.0, BIGRAM_INIT, first, 1.0), width, dtype)
-        # Weights of the stream, by sublayer or of the whole block, and of what is added to it.
-        each = [sublayers] if self.mixing == "sublayers" else []
-        mixes = static and self.mixing != "none"
-        self.residual = scalar(*each, first=first, used=mixes)
-        self.output = scalar(*each, first=1.0, used=mixes and bool(each))
-        self.x0 = scalar(used=mixes and (self.attends or not each))
-        self.bigram = scalar(first=BIGRAM_INIT,
-                             used=static and self.attends and layer > 0 and config.bigram > 0)
+        # Weights of the stream, by sublayer or once, and of what a sublayer adds to it.
+        dynamic, first = config.mudd and layer == config.layers - 1, config.residual_init
+        each = [1 + self.attends] if config.mixing == "sublayers" else []
+        self.residual = scalar(*each, first=first, used=not dynamic and config.mixing != "none")
+        self.output = scalar(*each, first=1.0, used=not dynamic and each != [])
+        self.mudd = Mudd((0.0,) * 6 + (2.0, 2.0, first, 1.0, 0.0, BIGRAM_INIT, first, 1.0),
+                         config, dtype) if dynamic else None
+        skipped = skip_sources(config).get(layer) is not None
+        self.skip_mix = scalar(first=-1.5 if config.gated_skip else 1.0, used=skipped)
+        self.skip_gate = scalar(gate_size, used=skipped and config.gated_skip != ())
         self.in_scale = scalar(first=0.5, used=self.attends and config.attention_mix)
         self.out_scale = scalar(first=1.0, used=self.attends and config.attention_mix)
         self.xsa = scalar(config.heads, used=layer in config.xsa_layers)
         self.value_mix = scalar(first=0.5, used=self.attends and config.value_residual and layer > 0)
-        self.attention_gate = gates(used=self.attends and config.attention_gates)
-        self.value_gate = gates(used=static and layer in config.value_layers and config.value_gates)
+        self.attention_gate = scalar(config.heads, gate_size, used=self.attends and config.attention_gates)
+        self.value_gate = scalar(config.heads, gate_size, used=(
+            layer in config.value_layers and config.value_gates and not dynamic))
 
-    def forward(self, x, shared, mask, skip, source, embedding, first_value):
-        """All (R, T, D), but for layer 0's values (R, T, H, K). Attention reads the source, if there is
-        one, or the stream. Returns the stream, and the values of this layer if it is the first."""
-        value, x = None, x if skip is None else x + skip
-        normed, heads = rms_norm(x if source is None else source, self.epsilon), (self.heads, -1)
-        residual, output, x0, bigram, added = self.residual, self.output, self.x0, self.bigram, None
-        if embedding is not None:  # (#14)
-            added = embedding.unflatten(-1, heads)
+    def forward(self, x, shared, mask, injected, skip, source, embedding, first_value):
+        """All (R, T, D) or None, but for layer 0's values (R, T, H, K). Attention reads the source, if
+        there is one, or the stream. Returns the stream, and this layer's values if it is the first."""
+        residual, output, value = self.residual, self.output, None
+        if skip is not None:
+            share = self.skip_mix
+            if self.skip_gate is not None:
+                share = (2 * share.sigmoid() * gate(shared.x0, self.skip_gate)).to(x.dtype)[..., None]
+            x = x + share * skip
+        if residual is not None and output is None:
+            x, injected = residual * x + injected, None
+        normed = rms_norm(x if source is None else source, self.epsilon)
+        added = None if embedding is None else embedding.unflatten(-1, (self.heads, -1))  # (#14)
         if self.value_gate is not None:  # sees both (#55, #70)
             half = self.value_gate.shape[-1] // 2
             seen = torch.cat((normed[..., :half], embedding[..., :half]), dim=-1)
             added = 2 * gate(seen, self.value_gate)[..., None] * added
         if self.mudd is not None:
-            weights, streams = self.mudd.weights(x), (shared.x0, source, x)
+            weights, streams = self.mudd(x), (shared.x0, source, x)
             halves = torch.cat(weights[6:8], dim=-1).repeat_interleave((self.heads + 1) // 2, dim=-1)
             added = 0 if added is None else halves[..., :self.heads, None] * added
-            added = added + weighted(weights[:3], streams).unflatten(-1, heads)
+            added = added + weighted(weights[:3], streams).unflatten(-1, (self.heads, -1))
             x = x + weighted(weights[3:6], streams)
             residual, output = (weights[8], weights[12]), (weights[9], weights[13])
-            x0, bigram = weights[10:12]
-        elif self.mixing == "blocks":
-            x = residual * x + x0 * shared.x0
-            normed, residual, x0 = rms_norm(x if source is None else source, self.epsilon), None, None
+            injected = weights[10] * shared.x0
+            if shared.bigram is not None:
+                injected = injected + on_first(weights[11] * shared.bigram, x.shape[-1])
         if self.attends:
             attended, value = self.attend(normed, shared, mask, added, first_value)
             x = x + attended if output is None else residual[0] * x + output[0] * attended
-            x = x if x0 is None else x + x0 * shared.x0
-            x = x if bigram is None or shared.bigram is None else add_first(x, bigram * shared.bigram)
+        if injected is not None:
+            x = x + injected
         up, down = self.mlp.to(x.dtype).unbind(0)
         hidden = F.linear(rms_norm(x, self.epsilon), up).relu().square() @ down  # ReLU^2 (Primer)
         x = x + hidden if output is None else residual[-1] * x + output[-1] * hidden
@@ -947,8 +1005,8 @@ class Block(nn.Module):
         """What attention adds to the stream, (R, T, D), and this layer's own values, (R, T, H, K).
         added: to the values."""
         rows, tokens, width = x.shape
-        qk_weight, (value_weight, out_weight) = self.qk.to(x.dtype).view(-1, width), self.vo.to(x.dtype)
-        qkv_weight = torch.cat((qk_weight, value_weight))
+        qkv_weight = torch.cat((self.qk.view(-1, width), self.vo[0])).to(x.dtype)
+        out_weight = self.vo[1].to(x.dtype)
         if self.in_scale is not None:  # on the weights, where it costs least (#47, #48)
             qkv_weight, out_weight = self.in_scale * qkv_weight, self.out_scale * out_weight
         qkv = F.linear(x, qkv_weight).view(rows, tokens, 3 * self.heads, -1)
@@ -957,13 +1015,14 @@ class Block(nn.Module):
             query, key = rms_norm(query, self.epsilon), rms_norm(key, self.epsilon)
         tables = [for_heads(table, tokens, self.heads, self.paired)
                   for table in (shared.cosine, shared.sine)]
-        query, key, value = rotary(query, *tables) * shared.scale, rotary(key, *tables), own_value
+        query, key = (rotary(part, *tables, self.turning) for part in (query, key))
+        query, value = query * shared.scale, own_value
         if first_value is not None:
             value = torch.lerp(value, first_value, self.value_mix.to(value.dtype))
         if added is not None:
             value = value + added
         if self.key_offset:
-            key = offset_keys(key, 2 * shared.cosine.shape[-1])
+            key = offset_keys(key, self.turning)
         parts = query, key, value
         if self.paired:  # (R, 2 T, H / 2, K): heads h and h + H / 2 are two positions (#58)
             parts = [part.reshape(rows, 2 * tokens, self.heads // 2, -1) for part in parts]
@@ -974,6 +1033,13 @@ class Block(nn.Module):
         if self.attention_gate is not None:
             out = out * gate(x, self.attention_gate)[..., None]
         return F.linear(out.flatten(2), out_weight), own_value
+
+
+def skip_sources(config):
+    """By layer, the earlier one whose output it receives: one through a gate (#45, #55), or all of the
+    second half those of the first, mirrored (U-net, #11)."""
+    half = range(config.layers // 2 if config.unet_skips else 0)
+    return {config.layers - 1 - i: i for i in half} | dict([config.gated_skip[::-1]] * bool(config.gated_skip))
 
 
 def run_block(block, *arguments):
@@ -1017,23 +1083,10 @@ class GPT(nn.Module):
             table.data.copy_(VALUE_INIT * torch.randn(table.shape, generator=draw))
         channels = min(config.bigram_width, width)
         self.bigram_table = rows(config.bigram * padded, channels, used=config.bigram > 0)
-        self.bigram = scalar(first=BIGRAM_INIT, used=config.bigram > 0)  # layer 0's
         signs = torch.rand(config.bigram_signs, channels, generator=draw).sub(0.5).sign().to(self.dtype)
         self.register_buffer("signs", signs if config.bigram_signs * config.bigram else None)
-        channels = min(GATE_CHANNELS, width)
-        self.smear_mix = scalar(used=config.smear)
-        self.smear_gate = scalar(channels, used=config.smear)
-        # By layer, the earlier one whose output it receives: one through a gate (#45, #55), or all
-        # of the second half those of the first, mirrored (U-net, #11).
-        self.skips = dict([config.gated_skip[::-1]]) if config.gated_skip else {}
-        if config.unet_skips:
-            half = range(config.layers // 2)
-            self.skips = {config.layers - 1 - i: i for i in reversed(half)}
-        first = -1.5 if config.gated_skip else 1.0
-        self.skip_mix = scalar(len(self.skips), first=first, used=bool(self.skips))
-        self.skip_gate = scalar(channels, used=bool(config.gated_skip))
-        self.readout = Mudd((0.0, -0.5, 0.0, 0.0, 0.0), width, self.dtype) if config.mudd else None
-        for part in (self.blocks[-1].mudd, self.readout) if config.mudd else ():
+        self.entrance, self.exit = Entrance(config, self.dtype), Exit(config, self.dtype)
+        for part in (self.blocks[-1].mudd, self.exit.mudd) if config.mudd else ():
             draw_uniform(part.mudd_in, width**-0.5, draw)
         frequencies, scales = zip(*(yarn(stage, config) for stage in range(STAGES + 1)), strict=True)
         self.register_buffer("frequencies", torch.stack(frequencies), persistent=False)
@@ -1046,46 +1099,33 @@ class GPT(nn.Module):
     def forward(self, inputs, starts, phase):
         """(R, T) int32, (R, T) bool -> (R, T, D), normed, ready for the head."""
         config, masks = self.config, attention_masks(self, starts, phase.windows)
-        embedding = F.embedding(inputs, self.head if phase.tied else self.embedding).to(self.dtype)
-        if config.smear:
-            embedding = smear(embedding, self.smear_mix, self.smear_gate)
-        x0, bigram = rms_norm(embedding, config.rms_epsilon), None
-        if config.bigram:
-            bigram = F.embedding(bigram_rows(inputs, len(self.bigram_table)), self.bigram_table)
-            if self.signs is not None:
-                bigram = bigram * F.embedding(sign_rows(inputs, len(self.signs)), self.signs)
-            x0 = add_first(x0, self.bigram * bigram)
-        positions = inputs.shape[1] * (2 if config.paired_layers else 1)
-        tables = rotary_tables(self.frequencies[phase.stage], positions, self.dtype)
-        shared = Shared(x0, bigram, *tables, self.scales[phase.stage])
-        run, x, source, first_value, outputs, values = self.run_block, x0, None, None, {}, {}
+        run, skips, bigram, signs = self.run_block, skip_sources(self.config), None, None
         if config.recompute and torch.is_grad_enabled():
             run = partial(recomputed, run, use_reentrant=False, preserve_rng_state=False)
+        embedding = F.embedding(inputs, self.head if phase.tied else self.embedding).to(self.dtype)
+        if config.bigram:
+            bigram = F.embedding(bigram_rows(inputs, len(self.bigram_table)), self.bigram_table)
+        if self.signs is not None:
+            signs = F.embedding(sign_rows(inputs, len(self.signs)), self.signs)
+        x0, bigram, injected = run(self.entrance, embedding, bigram, signs)
+        positions, channels = inputs.shape[1] * (2 if config.paired_layers else 1), head_channels(config)[0]
+        tables = rotary_tables(self.frequencies[phase.stage], positions, channels, self.dtype)
+        shared = Shared(x0, bigram, *tables, self.scales[phase.stage])
+        x, source, first_value, early, kept = x0, None, None, None, {}
         for i, block in enumerate(self.blocks):
-            skip, mask = self.skip(i, x0, outputs), masks.get((block.short, block.paired))
+            mask, values, before = masks.get((block.short, block.paired)), None, x
             if i in self.table_of:
-                values[i] = F.embedding(inputs, self.value_tables[self.table_of[i]])
-            before = x
-            x, value = run(block, x, shared, mask, skip, source, values.get(i), first_value)
-            if i in self.skips.values():
-                outputs[i] = x
+                values = F.embedding(inputs, self.value_tables[self.table_of[i]])
+                early = values if early is None else early
+            x, value = run(block, x, shared, mask, injected.pop(i, None), kept.get(skips.get(i)),
+                           source, values, first_value)
+            if i in skips.values():
+                kept[i] = x
             if i in config.attention_source:  # (#77)
                 source = x
             if config.value_residual and i == 0:
                 first_value = value
-        if self.readout is not None:
-            streams = [x0, source, before, *list(values.values())[:1], *list(outputs.values())[:1]]
-            x = run(self.readout, x, streams)
-        return rms_norm(x, config.rms_epsilon)
-
-    def skip(self, layer, x0, outputs):
-        """What a layer receives from an earlier one, (R, T, D), if anything."""
-        if layer not in self.skips:
-            return None
-        share = self.skip_mix[list(self.skips).index(layer)]
-        if self.skip_gate is not None:
-            share = (share.sigmoid() * 2 * gate(x0, self.skip_gate)).to(x0.dtype)[..., None]
-        return share * outputs[self.skips[layer]]
+        return run(self.exit, x, (x0, source, before, early, next(iter(kept.values()), None)))
 
     def loss(self, batch, phase):
         """Sums, not means, of cross-entropies in nats, () and at least float32: of all targets of every
@@ -1109,9 +1149,10 @@ class GPT(nn.Module):
 def attention_masks(model, starts, windows):
     """(R, T) bool and the (long, short) windows -> a mask by (short, paired). In paired layers a
     token has two positions, and the window counts positions."""
-    masks, doubled = {}, torch.stack((starts, torch.zeros_like(starts)), dim=-1).flatten(1)
+    masks, document = {}, document_starts(starts)
     for short, paired in {(block.short, block.paired) for block in model.blocks if block.attends}:
-        first_key = first_visible_key(doubled if paired else starts, windows[short])
+        starting = document.repeat_interleave(2, dim=1) * 2 if paired else document
+        first_key = first_visible_key(starting, windows[short])
         masks[short, paired] = block_mask(first_key) if model.compiled else span_mask(first_key)
     return masks
 
@@ -1463,7 +1504,7 @@ def optimizer_groups(model, processes):
         ("vo", 2, {"vo": (1.0,)}),
         ("small", 0, {
             "attention_gate": gates, "value_gate": gates, "residual": config.adam_residual,
-            "output": mixing, "x0": mixing, "bigram": mixing, "xsa": mixing, "in_scale": scalars,
+            "output": mixing, "x0_mix": mixing, "bigram_mix": mixing, "xsa": mixing, "in_scale": scalars,
             "out_scale": scalars, "value_mix": scalars, "smear_mix": scalars, "skip_mix": scalars,
             "smear_gate": (0.01 * rate, *betas, 0.0), "skip_gate": (0.05 * rate, *betas, 0.0)}),  # (#55)
         ("mudd", 0, {"mudd_in": (rate / 4, *betas, decay), "mudd_out": (rate / 4, *betas, decay),
@@ -1867,6 +1908,8 @@ def check_config(config):
         ("attention_source", len(config.attention_source) > 1, "one layer or none"),
         ("attention_free", config.mudd and config.layers - 1 in config.attention_free,
          "without the last layer, for --mudd true"),
+        ("rotary_share", head_channels(config)[1] and head_channels(config)[0] % head_channels(config)[1],
+         "such that turning channels divide a head's"),
         ("softcap", config.softcap[0] and config.softcap[1] <= 0, "of a range above 0")]
     for name in ("short_layers", "paired_layers", "attention_free", "value_layers", "xsa_layers",
                  "gated_skip", "attention_source"):
