@@ -187,7 +187,7 @@ class Config(Recipe):
     compile: str = setting("auto", "auto: torch.compile on a GPU", choices=("auto", "none"))
     micro_tokens: int = setting(0, "of a forward pass, at least a row; 0: 65536 on a GPU, 1024 on a CPU")
     recompute: bool = setting(False, "recompute activations in backward, for small memories")
-    loss_chunk: int = setting(8192, "tokens whose logits are held at once", 1)
+    loss_chunk: int = setting(24_576, "tokens whose logits are held at once", 1)
     timeout: int = setting(300, "seconds of waiting for another process", 1, 86_400)
 
 
@@ -1059,8 +1059,8 @@ class GPT(nn.Module):
         super().__init__()
         self.config, self.vocabulary = config, vocabulary
         self.dtype, self.float8, self.compiled = getattr(torch, config.dtype), float8, compiled
-        self.run_block = compiled_if(compiled, run_block)
-        self.chunk_loss = compiled_if(compiled, chunk_loss)
+        self.run_block, self.quantised, self.chunk_losses, self.chunk_gradient = (
+            compiled_if(compiled, part) for part in (run_block, quantised, chunk_losses, chunk_gradient))
         padded, width, tied = -(-vocabulary // 64) * 64, config.width, config.tied_until > 0
         scalar, rows = partial(parameter, dtype=wide(self.dtype)), partial(parameter, dtype=self.dtype)
         draw = torch.Generator().manual_seed(config.seed)
@@ -1167,10 +1167,12 @@ def attention_masks(model, starts, windows):
 HIDDEN_UNIT, HEAD_UNIT, GRADIENT_UNIT = 100 / 448, 1.6 / 448, 0.75 / 448
 
 
-def to_float8(x, unit, dtype):
-    """x / unit, clipped: beyond its range a cast would give infinity or NaN."""
+def quantised(x, unit, dtype):
+    """(m, n) -> x / unit in float8, clipped, as beyond its range a cast gives infinity or NaN; and its
+    transpose (n, m), which another product takes."""
     most = torch.finfo(dtype).max
-    return (x / unit).clamp(-most, most).to(dtype)
+    narrow = (x / unit).clamp(-most, most).to(dtype)
+    return narrow, narrow.mT.contiguous()
 
 
 def float8_product(a, b, unit, dtype, fast=False):
@@ -1182,64 +1184,66 @@ def float8_product(a, b, unit, dtype, fast=False):
 
 def softcap(z, cap):
     """Logits h tanh((z + s) / r) and their derivative by z; h = 0: z itself. The cap keeps the model
-    from being too sure (Gemma 2, #18), the shift leaves room for unlikely tokens (#54)."""
+    from being too sure (Gemma 2, #18), the shift leaves room for unlikely tokens (#54). The tanh is
+    written by the sigmoid, which GPUs compute faster."""
     height, extent, shift = cap
     if not height:
         return z, 1.0
-    squashed = torch.tanh((z + shift) / extent)
+    squashed = 2 * torch.sigmoid((z + shift) * (2 / extent)) - 1
     return height * squashed, height / extent * (1 - squashed.square())
 
 
-def chunk_loss(hidden, head, head_transposed, targets, weights, cap, with_gradient):
-    """(n, D), (V, D), (n, k) -> (weighted loss, loss of the next token); with_gradient also the
-    gradients of the former, (n, D) and (V, D). A float8 head comes with its transpose (D, V): all
-    three products are in float8 then."""
-    dtype, token = hidden.dtype, torch.arange(head.shape[0], device=targets.device)
-    if head_transposed is not None:
-        hidden = to_float8(hidden, HIDDEN_UNIT, torch.float8_e4m3fn)
-        z = float8_product(hidden, head, HIDDEN_UNIT * HEAD_UNIT, dtype, fast=True)  # (n, V)
-    else:
-        z = hidden @ head.mT
-    logits, derivative = softcap(z.to(wide(dtype)), cap)
-    normaliser = logits.logsumexp(-1, keepdim=True)
-    chosen = softcap(z.gather(1, targets.clamp_min(0)).to(wide(dtype)), cap)[0]
+def chunk_losses(z, targets, weights, cap):
+    """(n, V), (n, k) -> weighted loss; loss of the next token; log of the sum of exponentials (n, 1).
+    A target of -1 is none. Alone in its graph: only then is the gradient one pass over z."""
+    logits = softcap(z.to(wide(z.dtype)), cap)[0]
+    bounded = 0 < cap[0] <= 60  # no exponential overflows: the maximum need not be known first
+    normaliser = (logits.exp().sum(-1, keepdim=True).log() if bounded
+                  else logits.logsumexp(-1, keepdim=True))
+    chosen = softcap(z.gather(1, targets.clamp_min(0)).to(normaliser.dtype), cap)[0]
     losses = ((normaliser - chosen) * (targets >= 0)).sum(0)
-    loss = sum(weight * losses[k] for k, weight in enumerate(weights))
-    if not with_gradient:
-        return loss, losses[0], None, None
+    return sum(weight * losses[k] for k, weight in enumerate(weights)), losses[0], normaliser
+
+
+def chunk_gradient(z, normaliser, targets, weights, cap, float8):
+    """The gradient of the weighted loss by z, (n, V); in float8, also its transpose."""
+    (logits, derivative), token = softcap(z.to(wide(z.dtype)), cap), torch.arange(z.shape[1], device=z.device)
     counted = sum(weight * (targets[:, k:k + 1] >= 0) for k, weight in enumerate(weights))
     wanted = sum(weight * (token == targets[:, k:k + 1]) for k, weight in enumerate(weights))
-    gradient = ((logits - normaliser).exp() * counted - wanted) * derivative  # (n, V), by z
-    if head_transposed is None:
-        gradient = gradient.to(dtype)
-        return loss, losses[0], gradient @ head, gradient.mT @ hidden
-    gradient = to_float8(gradient, GRADIENT_UNIT, torch.float8_e5m2)
-    by_hidden = float8_product(gradient, head_transposed, GRADIENT_UNIT * HEAD_UNIT, dtype)
-    by_head = float8_product(gradient.mT.contiguous(), hidden.mT.contiguous(),
-                             GRADIENT_UNIT * HIDDEN_UNIT, wide(dtype))
-    return loss, losses[0], by_hidden, by_head
+    gradient = ((logits - normaliser).exp() * counted - wanted) * derivative
+    return quantised(gradient, GRADIENT_UNIT, torch.float8_e5m2) if float8 else (gradient.to(z.dtype), None)
 
 
 class ChunkedLoss(torch.autograd.Function):
-    """Sums of cross-entropies over chunks of config.loss_chunk tokens. A target of -1 is none."""
+    """Sums of cross-entropies over chunks of config.loss_chunk tokens."""
 
     @staticmethod
     def forward(ctx, hidden, head, targets, weights, model, with_gradient):
-        config, narrow, transposed = model.config, head.to(hidden.dtype), None
-        if model.float8 and with_gradient:
-            narrow = to_float8(head, HEAD_UNIT, torch.float8_e4m3fn)
-            transposed = narrow.mT.contiguous()
-        total, next_token = torch.zeros((2,), dtype=wide(hidden.dtype), device=hidden.device)
-        by_hidden, by_head = [], torch.zeros_like(head, dtype=wide(hidden.dtype)) if with_gradient else 0
+        config, dtype, float8 = model.config, hidden.dtype, model.float8 and with_gradient
+        narrow, by_hidden = head.to(dtype), []
+        if float8:
+            narrow, transposed = model.quantised(head, HEAD_UNIT, torch.float8_e4m3fn)
+        total, next_token = torch.zeros((2,), dtype=wide(dtype), device=hidden.device)
+        by_head = torch.zeros_like(head, dtype=wide(dtype)) if with_gradient else None
         chunks = zip(hidden.split(config.loss_chunk), targets.split(config.loss_chunk), strict=True)
         for chunk, wanted in chunks:
-            loss, next_loss, hidden_part, head_part = model.chunk_loss(
-                chunk, narrow, transposed, wanted, weights, config.softcap, with_gradient)
+            if float8:  # all three products
+                chunk, chunk_transposed = model.quantised(chunk, HIDDEN_UNIT, torch.float8_e4m3fn)
+                z = float8_product(chunk, narrow, HIDDEN_UNIT * HEAD_UNIT, dtype, fast=True)
+            else:
+                z = chunk @ narrow.mT
+            loss, next_loss, normaliser = model.chunk_losses(z, wanted, weights, config.softcap)
             total += loss
             next_token += next_loss
-            if with_gradient:
-                by_hidden.append(hidden_part)
-                by_head += head_part
+            if not with_gradient:
+                continue
+            gradient, across = model.chunk_gradient(z, normaliser, wanted, weights, config.softcap, float8)
+            if float8:
+                by_hidden.append(float8_product(gradient, transposed, GRADIENT_UNIT * HEAD_UNIT, dtype))
+                by_head += float8_product(across, chunk_transposed, GRADIENT_UNIT * HIDDEN_UNIT, by_head.dtype)
+            else:
+                by_hidden.append(gradient @ narrow)
+                by_head += gradient.mT @ chunk
         if with_gradient:
             ctx.save_for_backward(torch.cat(by_hidden), by_head.to(head.dtype))
         ctx.mark_non_differentiable(next_token)
