@@ -361,13 +361,12 @@ def record_band(record: str) -> dict[int, tuple[float, float]]:
     rows, band = reference_curves()[record], {}
     wider = CONSTANT if record in ("12", "21", "40", "gpt2-xl") else GROWING
     for row in rows:
-        middle = row["loss"]
-        spread = END_SPREAD[record] * next(times for share, times in wider if row["step"] < share * rows[-1]["step"])
-        if row["sd"] is not None:  # of twenty runs
-            spread = row["sd"]
-        elif row["lowest"] is not None:  # the range of six runs is known
+        middle, spread = row["loss"], row["sd"]  # of twenty runs
+        if spread is None and row["lowest"]:  # the range of six is known
             middle = (row["highest"] + row["lowest"]) / 2
             spread = max(END_SPREAD[record], (row["highest"] - row["lowest"]) / RANGE_OF_SIX)
+        elif spread is None:
+            spread = END_SPREAD[record] * next(x for share, x in wider if row["step"] < share * rows[-1]["step"])
         band[int(row["step"])] = middle, WIDTH * spread
     return band
 
