@@ -3,7 +3,7 @@
 goes on with the first file it lacks when the same command is given again. prefixes.bin beside them (described in
 data/text.py; 50,257 int32) is then made from the tokens of tiktoken's "gpt2", which tiktoken fetches.
 
-    python data/fineweb.py        # what the five-minute recipe opens: ten training shards, 2.2 GB; gpt2 needs about six
+    python data/fineweb.py        # what the five-minute recipe opens: ten training shards, 2.2 GB; gpt2 needs about 5
     python data/fineweb.py 1      # the least that can be trained on
 """
 

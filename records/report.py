@@ -42,15 +42,14 @@ class UserError(SystemExit):
     """One line for the user."""
 
 
+Run = SimpleNamespace  # what a log holds, as read_log fills it; empty where the log does not say
+
+
 class Point(NamedTuple):
     step: int
     tokens: int | None  # None: unknown
     seconds: float  # NaN: unknown
     loss: float
-
-
-class Run(SimpleNamespace):
-    """What a log holds; `read_log` fills it. Empty where the log does not say."""
 
 
 def parse(text: str, path: Path) -> tuple[dict[str, dict], dict]:
@@ -100,9 +99,8 @@ def read_log(path: Path, batch: int = 0) -> Run | None:
         return None
     steps, (planned, seconds, average) = max(kept["step"].items())
     planned = planned or steps  # llm.c does not state it
-    exact = kept
-    if path.name == "log.txt" and metrics.exists():
-        exact, _ = parse(metrics.read_text(encoding="utf-8", errors="replace"), metrics)
+    twin = path.name == "log.txt" and metrics.exists()
+    exact = parse(metrics.read_text(encoding="utf-8", errors="replace"), metrics)[0] if twin else kept
     losses = {"train": [], "val": []}
     for kind, points in losses.items():
         for step, point in sorted((kept[kind] | exact[kind]).items()):
