@@ -1,28 +1,32 @@
 """Fetch tokenised FineWeb: the validation shard and the first N training shards, 100,000,000 GPT-2 tokens
 (200 MB) each, from a public dataset repository. Files that are already whole are kept, so a run that was stopped
-goes on with the first file it lacks when the same command is given again.
+goes on with the first file it lacks when the same command is given again. prefixes.bin beside them (described in
+data/text.py; 50,257 int32) is then made from the tokens of tiktoken's "gpt2", which tiktoken fetches.
 
-    python data/fineweb.py        # what the five-minute recipe opens: ten training shards, 2.2 GB; gpt2 needs about six
+    python data/fineweb.py        # what the five-minute recipe opens: ten training shards, 2.2 GB; gpt2 needs about 5
     python data/fineweb.py 1      # the least that can be trained on
 """
 
 import argparse
+import hashlib
 import os
 import shlex
 from pathlib import Path
 
 import numpy as np
-from text import HEADER_WORDS, SHARD_MAGIC, SHARD_VERSION, Parser, UserError, say, shown
+from text import HEADER_WORDS, SHARD_MAGIC, SHARD_VERSION, Parser, UserError, prefix_table, say, shown, token_bytes
 
 HERE = Path(__file__).resolve().parent
 REPOSITORY = "kjj0/fineweb10B-gpt2"
 TRAINING_SHARDS = 103
 FIVE_MINUTE_SHARDS = 10
 DEFAULT_FOLDER = HERE / "fineweb10B"
+VOCABULARY = 50_257
+PREFIXES_SHA256 = "4ca9d79796b4a5756a57b6f4447946e5d6027c807b3fc3c037a2fa37c7bd87b6"
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Command line. Raises UserError for a bad count, a damaged file, an unusable folder or an unreachable hub."""
+    """Command line. Raises UserError for a bad count, a damaged file, an unusable folder, or what cannot be fetched."""
     options = parse(arguments)
     folder, again = options.out, command(options.count, options.out)
     names = shard_names(options.count)
@@ -34,6 +38,7 @@ def main(arguments: list[str] | None = None) -> None:
     if missing:
         tokens += fetch(missing, folder, again)
     say(f"{len(names)} shards, {tokens:,} tokens in {shown(folder)}")
+    write_prefixes(folder / "prefixes.bin", again)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -84,6 +89,26 @@ def fetch(names: list[str], folder: Path, again: str) -> int:
         raise UserError(f"cannot fetch {name} from {constants.ENDPOINT}: {reason or type(error).__name__}; "
                       f"what is whole is kept, go on with: {again}") from None
     return tokens
+
+
+def write_prefixes(path: Path, again: str) -> None:
+    """Make the table beside the shards, unless it is there and right. Raises UserError."""
+    try:
+        if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == PREFIXES_SHA256:
+            return
+        import tiktoken
+
+        table = prefix_table(token_bytes(tiktoken.get_encoding("gpt2"), VOCABULARY))
+        partial = path.with_name(f".{path.name}.partial")
+        partial.write_bytes(table.tobytes())
+        os.replace(partial, path)
+    except ImportError:
+        raise UserError(f"the package tiktoken is missing: pip install tiktoken && {again}") from None
+    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001  tiktoken lets its HTTP library's errors through
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise UserError(f"cannot make {path} from tiktoken's gpt2: {reason}; the shards are whole, "
+                        f"go on with: {again}") from None
+    say(f"wrote {shown(path)}")
 
 
 def checked(path: Path, again: str) -> int:

@@ -15,6 +15,9 @@ The shards are text_train_000001.bin ... and text_val_000000.bin ...: a header o
 version 1, number of tokens, vocabulary, separator), then the tokens as uint16. The shards of a part, in name order, are
 one stream. One separator opens each document, and nothing else starts a document. A full shard ends in the middle of a
 document, and the next one goes on without a separator, so that --shard-tokens does not change the stream.
+
+prefixes.bin beside them has for each token of the vocabulary, as little-endian int32 without a header, the longest
+other token that its bytes begin with: -1 where there is none, as for single bytes and the separator.
 """
 
 import argparse
@@ -40,6 +43,7 @@ from tqdm import tqdm
 HERE = Path(__file__).resolve().parent
 DEFAULT_FOLDER = HERE / "text"
 INPUTS = "text_inputs.json"  # beside the shards: the paths they were made from
+PREFIXES = "prefixes.bin"  # beside the shards as well
 SHARD_MAGIC, SHARD_VERSION, HEADER_WORDS = 20240520, 1, 256
 LARGEST_COUNT = 2**31 - 1  # the header holds the number of tokens as int32
 LARGEST_VOCABULARY = 2**16
@@ -309,17 +313,18 @@ def token_runs(corpus: Corpus, encoding: "Encoding", documents: np.ndarray, begi
 
 class Encoding(NamedTuple):
     """`encode` maps a text to uint16 (T,) tokens below `vocabulary`, none of them `separator`; `decode` maps one token
-    to its bytes, which may be a part of a character."""
+    to its bytes, which may be a part of a character; `tokens` lists the bytes of all, b"" for those not of text."""
 
     vocabulary: int
     separator: int
     encode: Callable[[str], np.ndarray]
     decode: Callable[[int], bytes] | None = None
+    tokens: Callable[[], list[bytes]] | None = None
 
 
 # A command line holds bytes that are not UTF-8 as escaped surrogates; documents have none.
 BYTES = Encoding(257, 256, lambda text: np.frombuffer(text.encode(errors="surrogateescape"), np.uint8).astype("<u2"),
-                 lambda token: bytes([token]))
+                 lambda token: bytes([token]), lambda: [bytes([byte]) for byte in range(256)] + [b""])
 
 
 def encoding_named(name: str) -> Encoding:
@@ -353,8 +358,9 @@ def encoding_named(name: str) -> Encoding:
         except KeyError:  # ids may be left out; a model can draw them all the same
             return "\ufffd".encode()
 
-    return Encoding(max(tokenizer.n_vocab, separator + 1), separator, lambda text: tiktoken_tokens(tokenizer, text),
-                    decode)
+    vocabulary = max(tokenizer.n_vocab, separator + 1)
+    return Encoding(vocabulary, separator, lambda text: tiktoken_tokens(tokenizer, text), decode,
+                    lambda: token_bytes(tokenizer, vocabulary))
 
 
 def file_tokenizer(path: Path):
@@ -374,6 +380,21 @@ def file_tokenizer(path: Path):
                                  special_tokens={"<|endoftext|>": len(ranks)})
     except (OSError, ValueError) as error:
         raise UserError(f"{at} cannot be used: {str(error)[:300]}") from None
+
+
+def token_bytes(tokenizer, vocabulary: int) -> list[bytes]:
+    """The bytes of each token of tiktoken's; b"" for special ones, and for ids that are left out."""
+    tokens = [b""] * vocabulary
+    for token in tokenizer.token_byte_values():
+        tokens[tokenizer.encode_single_token(token)] = token
+    return tokens
+
+
+def prefix_table(tokens: list[bytes]) -> np.ndarray:
+    """int32 (vocabulary,): for each token the longest other one that its bytes begin with; -1: none."""
+    ids = {token: i for i, token in enumerate(tokens) if token}
+    return np.array([next((ids[token[:size]] for size in range(len(token) - 1, 0, -1) if token[:size] in ids), -1)
+                     for token in tokens], "<i4")
 
 
 def tiktoken_tokens(tokenizer, text: str) -> np.ndarray:
@@ -436,9 +457,11 @@ def write_parts(parts: dict[str, Iterator[np.ndarray]], folder: Path, encoding: 
                 inputs: list[str]) -> dict[str, int]:
     """Write {stem: runs of tokens} and return {stem: tokens}. The shards of an earlier run are replaced only once the
     new ones are complete; on any error they stay, and nothing else does."""
-    counts, written = dict.fromkeys(parts, 0), {folder / f".{INPUTS}.partial": folder / INPUTS}
+    counts, written = dict.fromkeys(parts, 0), {}
     try:
-        (folder / f".{INPUTS}.partial").write_text(json.dumps(inputs), encoding="utf-8")
+        for name, content in ((INPUTS, json.dumps(inputs).encode()), (PREFIXES, prefix_table(encoding.tokens()))):
+            written[partial := folder / f".{name}.partial"] = folder / name
+            partial.write_bytes(content)
         for stem, runs in parts.items():
             for number, pieces in itertools.groupby(shard_pieces(runs, shard_tokens), key=lambda piece: piece[0]):
                 path = folder / f"{stem}_{number + (stem == 'text_train'):06d}.bin"

@@ -3,6 +3,7 @@
 import base64
 import functools
 import glob
+import hashlib
 import http.server
 import itertools
 import json
@@ -28,6 +29,7 @@ sys.path.insert(0, str(ROOT / "data"))
 import fineweb
 import text as text_script
 
+GPT2_CACHE = os.environ.get("TIKTOKEN_CACHE_DIR")
 SETTINGS = ("HF_", "HUGGING", "TIKTOKEN_", "DATA_GYM_", "PYTHONIOENCODING", "PYTHONUTF8")
 VAL, TRAIN_1, TRAIN_2, TRAIN_3 = fineweb.shard_names(3)
 MARK = b"\xef\xbb\xbf"  # byte-order mark
@@ -54,6 +56,15 @@ def refused(main, *arguments) -> str:
     return line
 
 
+def prefixes(tokens: list[bytes], vocabulary: int) -> bytes:
+    """prefixes.bin of these tokens by brute force: of all that others begin with, the longest."""
+    table = np.full(vocabulary, -1, "<i4")
+    for i, token in enumerate(tokens):
+        shorter = [j for j, other in enumerate(tokens) if other and other != token and token.startswith(other)]
+        table[i] = max(shorter, key=lambda j: len(tokens[j]), default=-1)
+    return table.tobytes()
+
+
 def shard_bytes(seed: int, promised: int = 3000) -> bytes:
     """A shard as the hub holds it: no vocabulary or separator in the header, which means GPT-2."""
     header = np.array([20240520, 1, promised] + 253 * [0], "<i4")
@@ -73,7 +84,12 @@ class Handler(http.server.SimpleHTTPRequestHandler):
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    """A server of the dataset repository: `files` is its folder, `asked` holds (method, name) of the requests."""
+    """A server of the dataset repository: `files` is its folder, `asked` holds (method, name) of the requests. And a
+    small encoding in the place of GPT-2's, which tiktoken would fetch."""
+    small = tiktoken.Encoding("gpt2", pat_str=r"[\s\S]", special_tokens={"<|endoftext|>": 50_256},
+                              mergeable_ranks={token: rank for rank, token in enumerate(BYTES + MERGES)})
+    monkeypatch.setattr(tiktoken, "get_encoding", {"gpt2": small}.__getitem__)
+    monkeypatch.setattr(fineweb, "PREFIXES_SHA256", hashlib.sha256(prefixes(BYTES + MERGES, 50_257)).hexdigest())
     files = tmp_path / "hub" / "datasets" / "kjj0" / "fineweb10B-gpt2" / "resolve" / "main"
     files.mkdir(parents=True)
     for seed, name in enumerate((VAL, TRAIN_1, TRAIN_2)):
@@ -128,6 +144,58 @@ def test_fineweb_says_in_one_line_what_went_wrong(hub, tmp_path, monkeypatch):
     assert time.monotonic() - began < 5
 
 
+def test_fineweb_makes_the_prefixes_once_the_shards_are_whole(hub, tmp_path, monkeypatch, capsys):
+    folder, again = tmp_path / "out", f"python data/fineweb.py 1 --out {tmp_path}/out"
+    table, right = folder / "prefixes.bin", prefixes(BYTES + MERGES, 50_257)
+    for stale in (None, b"", right[:-4], b"\xff" * 257 * 4):  # as of another vocabulary
+        if stale is not None:
+            table.write_bytes(stale)
+        fineweb.main(["1", "--out", str(folder)])
+        assert table.read_bytes() == right and f"wrote {table}" in capsys.readouterr().out
+    monkeypatch.setattr(tiktoken, "get_encoding", {}.__getitem__)
+    written = table.stat()
+    fineweb.main(["1", "--out", str(folder)])
+    assert table.stat() == written and "wrote" not in capsys.readouterr().out
+    table.write_bytes(b"stale")
+
+    def unreachable(_):
+        raise ConnectionError("no route\nto host")
+
+    for get, reason in ((unreachable, "no route to host"), (lambda _: signal.raise_signal(signal.SIGINT), "Interrupt")):
+        monkeypatch.setattr(tiktoken, "get_encoding", get)
+        line = refused(fineweb.main, 1, "--out", folder)
+        assert str(table) in line and reason in line and line.endswith(again) and table.read_bytes() == b"stale"
+    monkeypatch.setitem(sys.modules, "tiktoken", None)
+    assert refused(fineweb.main, 1, "--out", folder).endswith(f"pip install tiktoken && {again}")
+    assert [(folder / name).read_bytes() for name in (VAL, TRAIN_1)] == [shard_bytes(0), shard_bytes(1)]
+    assert sorted(folder.glob("*.bin")) == [folder / name for name in (TRAIN_1, VAL, "prefixes.bin")]
+
+
+def test_prefixes_by_brute_force():
+    for seed in range(50):
+        draw = np.random.default_rng(seed)
+        tokens = [*{bytes(draw.integers(97, 99, draw.integers(1, 8)).tolist()) for _ in range(60)}, b"", b""]
+        tokens = [tokens[i] for i in draw.permutation(len(tokens))]
+        assert text_script.prefix_table(tokens).tobytes() == prefixes(tokens, len(tokens))
+
+
+@pytest.mark.skipif(not GPT2_CACHE, reason="needs TIKTOKEN_CACHE_DIR with the encoding gpt2")
+def test_prefixes_of_gpt2(monkeypatch, tmp_path):
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", GPT2_CACHE)
+    fineweb.write_prefixes(tmp_path / "prefixes.bin", "again")
+    content, tokens = (tmp_path / "prefixes.bin").read_bytes(), text_script.encoding_named("gpt2").tokens()
+    assert len(content) == 201_028 and hashlib.sha256(content).hexdigest() == fineweb.PREFIXES_SHA256
+    table = np.frombuffer(content, "<i4").tolist()
+    assert [token for token, prefix in zip(tokens, table, strict=True) if prefix < 0 and len(token) != 1] == [b""]
+    assert table[50_256] == -1 and table.count(-1) == 257
+    known = set(tokens)
+    for token, prefix in zip(tokens, table, strict=True):
+        if prefix >= 0:
+            size = len(tokens[prefix])
+            assert 0 < size < len(token) and token.startswith(tokens[prefix])
+            assert not any(token[:longer] in known for longer in range(size + 1, len(token)))
+
+
 def test_fineweb_mends_with_the_command_that_it_prints(hub, tmp_path):
     """In processes of their own: HF_ENDPOINT, exit status, stderr, the default folder, and no torch."""
     data = tmp_path / "pro [1] ject's" / "data"
@@ -135,13 +203,19 @@ def test_fineweb_mends_with_the_command_that_it_prints(hub, tmp_path):
     (data / "fineweb10B").mkdir()
     (data / "fineweb10B" / TRAIN_1).write_bytes(shard_bytes(1)[:-2])
     (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
+    (tmp_path / "tiktoken.py").write_text("def get_encoding(name): raise OSError('offline')")
     environment = os.environ | {"HF_ENDPOINT": hub.address, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path),
                                 "PYTHONPATH": str(tmp_path), "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin"}
     run = functools.partial(subprocess.run, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     first = run([sys.executable, data / "fineweb.py", "1"])
     assert first.returncode == 1 and len(first.stderr.splitlines()) == 1
-    second = run(first.stderr.rpartition(": ")[2], shell=True)
-    assert second.returncode == 0, second.stderr
+    second = run(command := first.stderr.rpartition(": ")[2], shell=True)
+    assert second.returncode == 1 and "offline" in second.stderr and second.stderr.endswith(command.partition("&& ")[2])
+    (tmp_path / "tiktoken.py").write_text("class get_encoding:\n    __init__ = lambda *_: None\n"
+                                          "    token_byte_values = lambda _: []\n")
+    third = run(second.stderr.rpartition(": ")[2], shell=True)
+    assert third.returncode == 0, third.stderr
+    assert (data / "fineweb10B" / "prefixes.bin").read_bytes() == b"\xff" * 201_028
     for name in (VAL, TRAIN_1):
         assert (data / "fineweb10B" / name).read_bytes() == (hub.files / name).read_bytes()
 
@@ -298,6 +372,7 @@ def test_a_name_that_tiktoken_knows(tmp_path, monkeypatch, name, tokens, end_of_
     assert encoding[:2] == (vocabulary, separator)
     assert texts(tmp_path / "out", encoding=encoding) == 2 * [b"a<|endoftext|>b<|last|>"]
     assert encoding.decode(1098) == "\ufffd".encode()  # an id that stands for nothing
+    assert (tmp_path / "out" / "prefixes.bin").read_bytes() == b"\xff" * 4 * vocabulary
 
 
 def rank_lines(merges: list[bytes] = MERGES) -> list[bytes]:
@@ -315,6 +390,7 @@ def test_text_comes_back_from_the_tokens_of_a_file(tmp_path):
     encoding, rank = text_script.encoding_named(str(own)), {token: i for i, token in enumerate(BYTES + MERGES)}
     assert sorted(text.decode() for text in texts(tmp_path / "out", True, encoding)) == sorted(lines)
     assert encoding[:2] == (268, 267)
+    assert (tmp_path / "out" / "prefixes.bin").read_bytes() == prefixes(BYTES + MERGES, 268)
     assert encoding.encode("the end").tolist() == [rank[b"the"], rank[b" "], rank[b"e"], rank[b"nd"]]
     assert encoding.encode("of the").tolist() == [rank[b"o"], rank[b"f"], rank[b" the"]]
     assert encoding.encode("\u2603").tolist() == [rank[b"\xe2\x98"], rank[b"\x83"]]
@@ -421,9 +497,11 @@ def test_only_a_complete_run_replaces_shards(corpus, tmp_path, monkeypatch, erro
     assert before.items() < during.items() and all(name[0] == "." for name in during.keys() - before.keys())
     assert error.args[-1] in line and contents(folder) == before
     (folder / ".text_train_000099.bin.partial").write_bytes(b"of a run that was killed")
+    (folder / "prefixes.bin").write_bytes(prefixes(BYTES + MERGES, 268))  # of another vocabulary
     make(corpus, "--out", folder)
     assert sorted(contents(folder)) == [
-        "text_inputs.json", "text_notes.bin", "text_train_000001.bin", "text_val_000000.bin"]
+        "prefixes.bin", "text_inputs.json", "text_notes.bin", "text_train_000001.bin", "text_val_000000.bin"]
+    assert (folder / "prefixes.bin").read_bytes() == b"\xff" * 4 * 257
     with pytest.raises(ZeroDivisionError):  # a file whose writing was cut off is no shard
         text_script.write_shard(folder / "x", (np.arange(10 // i, dtype="<u2") for i in (1, 0)), text_script.BYTES)
     assert not np.fromfile(folder / "x", "<i4", 256).any()

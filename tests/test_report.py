@@ -201,24 +201,41 @@ def test_single_runs_are_compared_at_equal_tokens_and_by_the_time_to_a_loss(tmp_
     assert rows(say(capsys, "compare", a, b, "--loss", 3.05)[1])["seconds to a loss of 3.0500"][1] == "0 of 1"
 
 
-@pytest.mark.parametrize("preset, beyond", [("five-minute", 0.13), ("gpt2", 0.075), ("gpt2-medium", 0.045),
-                                            ("gpt2-xl", 0.05)])
-def test_a_run_on_its_way_is_inside_the_band_and_a_sick_one_outside(preset, beyond, tmp_path, capsys):
+@pytest.mark.parametrize("preset, record, beyond", [
+    ("five-minute", "12", 0.13), ("gpt2", "62", 0.075), ("gpt2", "88", 0.05), ("gpt2-medium", "gpt2-medium", 0.045),
+    ("gpt2-xl", "gpt2-xl", 0.05)])
+def test_a_run_on_its_way_is_inside_the_band_and_a_sick_one_outside(preset, record, beyond, tmp_path, capsys):
     assert set(report.reference_curves()) == set(report.END_SPREAD)
     band = report.record_band("12")
     assert [round(band[step][1], 9) for step in (125, 500, 1000, 1875)] == [0.12, 0.06, 0.02, 0.02]
     assert report.record_band("62")[250] == pytest.approx(((4.573 + 4.606) / 2, 4 * (4.606 - 4.573) / 2.534))
-    curve = {int(row["step"]): row["loss"] for row in report.reference_curves()[report.REFERENCE[preset]]}
+    assert report.record_band("88")[1000] == pytest.approx(((3.4576 + 3.4575) / 2, 4 * 0.002))
+    curve = {int(row["step"]): row["loss"] for row in report.reference_curves()[record]}
     end, step = max(curve), sorted(curve)[2]
-    assert say(capsys, "band", write_run(tmp_path / "a", curve, preset=preset))[0] == 0
+    status, out, _ = say(capsys, "band", write_run(tmp_path / "a", curve, preset=preset))
+    assert status == 0 and f"the curve of {record}, " in out and "expected" not in out
     public = write_public(tmp_path / "a.txt", curve)
-    assert say(capsys, "band", public, "--record", report.REFERENCE[preset])[0] == 0
+    assert say(capsys, "band", public, "--record", record)[0] == 0
     for words in ([], ["--record", "13"], ["--record", "21"]):  # no preset, no such curve, another length
         refused(capsys, "band", public, *words)
     for loss, word in ((curve[step] + beyond, "above"), (curve[step] - beyond, "below"), (math.nan, "above")):
         folder = write_run(tmp_path / f"{loss}", {step: loss}, planned=end, preset=preset, train_files="my_*.bin")
         status, out, _ = say(capsys, "band", folder)
         assert status == 1 and word in out and "FineWeb" in out
+
+
+@pytest.mark.parametrize("loss, status, words", [
+    (3.4501, 0, "3.2707 is expected: a pass"), (3.459, 0, "3.2796 is expected: a pass"), (3.4591, 0, "too close"),
+    (3.463, 0, "too close"), (3.4631, 1, "3.2837 is expected: a miss"), (3.47, 1, "a miss"), (math.nan, 1, "a miss")])
+def test_step_1000_of_1375_tells_the_end(tmp_path, capsys, loss, status, words):
+    early = {0: 10.83, 250: 4.52, 500: 4.21, 750: 3.76}
+    run = write_run(tmp_path / "run", early | {1000: loss}, planned=1375)
+    found, out, _ = say(capsys, "band", run)
+    assert found == status and words in out and (rows(out)["1000"][-1] == "inside") == (3.4496 < loss < 3.4656)
+    for name, curve in (("early", early), ("whole", early | {1000: 3.46, 1250: 3.33, 1375: 3.28})):
+        found, out, _ = say(capsys, "band", write_run(tmp_path / name, curve, planned=1375))
+        assert found == 0 and "expected" not in out
+    assert "1375" in refused(capsys, "band", write_run(tmp_path / "short", {0: 10.8, 250: 4.5}, planned=1500))
 
 
 def test_tiny_is_compared_with_the_runs_kept_here_or_with_ones_own(tmp_path, capsys):
