@@ -728,10 +728,16 @@ def span_mask(first_key, block=2 * MASK_BLOCK):
     return spans
 
 
+# By dtype and K, where others than torch's own were faster: 0.385 ms for 0.431 on an H100.
+FORWARD_TILES = {(torch.bfloat16, 128): {
+    "fwd_BLOCK_M": 64, "fwd_BLOCK_N": 64, "fwd_num_stages": 3, "fwd_num_warps": 4}}
+
+
 def attention(query, key, value, mask):
     """Softmax attention, all (R, H, T, K). The query carries the scale."""
     if isinstance(mask, BlockMask):
-        return flex_attention(query, key, value, block_mask=mask, scale=1.0)
+        tiles = FORWARD_TILES.get((query.dtype, query.shape[-1]))
+        return flex_attention(query, key, value, block_mask=mask, scale=1.0, kernel_options=tiles)
     return torch.cat([F.scaled_dot_product_attention(
         query[:, :, queries], key[:, :, keys], value[:, :, keys], visible, scale=1.0)
         for queries, keys, visible in mask], dim=2)
