@@ -850,8 +850,10 @@ def parameter(*shape, dtype, first=0.0, used=True):
     return nn.Parameter(torch.full(shape, first, dtype=dtype)) if used else None
 
 
-def draw_uniform(tensor, bound, generator):
-    tensor.data.copy_(torch.empty(tensor.shape).uniform_(-bound, bound, generator=generator))
+def uniform(*shape, spread, draw):
+    """float32, of standard deviation `spread` / sqrt(D), from the generator `draw`."""
+    bound = spread * (3 / shape[-1]) ** 0.5
+    return torch.empty(shape).uniform_(-bound, bound, generator=draw) if spread else torch.zeros(shape)
 
 
 def compiled_if(compiled, function):
@@ -861,10 +863,11 @@ def compiled_if(compiled, function):
 class Mudd(nn.Module):
     """Weights that depend on the token (MUDDFormer, #81), computed from the stream."""
 
-    def __init__(self, values, config, dtype):
+    def __init__(self, values, config, dtype, draw):
         """values: of the weights, at first, for every token."""
         super().__init__()
-        self.mudd_in = parameter(MUDD_WIDTH, config.width, dtype=dtype)
+        first = uniform(MUDD_WIDTH, config.width, spread=3**-0.5, draw=draw)
+        self.mudd_in = nn.Parameter(first.to(dtype))
         self.mudd_out = parameter(len(values), MUDD_WIDTH, dtype=dtype)
         self.mudd_bias = nn.Parameter((10 * torch.tensor(values, dtype=torch.float64)).to(dtype))
 
@@ -913,10 +916,10 @@ class Entrance(nn.Module):
 class Exit(nn.Module):
     """From the stream to the head."""
 
-    def __init__(self, config, dtype):
+    def __init__(self, config, dtype, draw):
         super().__init__()
         self.epsilon = config.rms_epsilon
-        self.mudd = Mudd((0.0, -0.5, 0.0, 0.0, 0.0), config, dtype) if config.mudd else None
+        self.mudd = Mudd((0.0, -0.5, 0.0, 0.0, 0.0), config, dtype, draw) if config.mudd else None
 
     def forward(self, x, streams):
         """(R, T, D), and as many streams as MUDD weighs, or None for one that there is not."""
@@ -938,27 +941,31 @@ class Shared(NamedTuple):
 class Block(nn.Module):
     """Attention and MLP. It does not keep its number, so that layers share compiled graphs."""
 
-    def __init__(self, layer, config, dtype):
+    def __init__(self, layer, config, dtype, draw):
         super().__init__()
         self.heads, self.qk_norm, self.epsilon = config.heads, config.qk_norm, config.rms_epsilon
         self.attends, self.paired = layer not in config.attention_free, layer in config.paired_layers
         self.short, (channels, self.turning) = layer in config.short_layers, head_channels(config)
         self.key_offset = config.key_offset and not (self.short or self.paired)
-        width, matrix = config.width, dtype if config.split_precision else wide(dtype)
-        scalar, gate_size = partial(parameter, dtype=wide(dtype)), min(GATE_CHANNELS, width)
-        # Queries and keys of some heads at a time, which Muon orthogonalises together (#80).
-        together = math.gcd(config.heads, config.qk_heads)
-        self.qk = parameter(2 * config.heads // together, together * channels, width, dtype=matrix,
-                            used=self.attends)
-        self.vo = parameter(2, width, width, dtype=matrix, used=self.attends)  # value, output
-        self.mlp = parameter(2, MLP_RATIO * width, width, dtype=matrix)  # up, down transposed
+        scalar, gate_size = partial(parameter, dtype=wide(dtype)), min(GATE_CHANNELS, config.width)
+
+        def matrices(number, rows, *spreads):
+            drawn = [uniform(number, rows, config.width, spread=spread, draw=draw) for spread in spreads]
+            return nn.Parameter(torch.cat(drawn).to(dtype if config.split_precision else wide(dtype)))
+
+        self.qk = self.vo = None
+        if self.attends:  # queries and keys of some heads at a time, as Muon orthogonalises them (#80)
+            together = math.gcd(config.heads, config.qk_heads)
+            self.qk = matrices(2 * config.heads // together, together * channels, config.attention_init)
+            self.vo = matrices(1, config.width, config.attention_init, config.output_init)  # value, output
+        self.mlp = matrices(1, MLP_RATIO * config.width, config.mlp_init, 0.0)  # up, down transposed
         # Weights of the stream, by sublayer or once, and of what a sublayer adds to it.
         dynamic, first = config.mudd and layer == config.layers - 1, config.residual_init
         each = [1 + self.attends] if config.mixing == "sublayers" else []
         self.residual = scalar(*each, first=first, used=not dynamic and config.mixing != "none")
         self.output = scalar(*each, first=1.0, used=not dynamic and each != [])
         self.mudd = Mudd((0.0,) * 6 + (2.0, 2.0, first, 1.0, 0.0, BIGRAM_INIT, first, 1.0),
-                         config, dtype) if dynamic else None
+                         config, dtype, draw) if dynamic else None
         skipped = skip_sources(config).get(layer) is not None
         self.skip_mix = scalar(first=-1.5 if config.gated_skip else 1.0, used=skipped)
         self.skip_gate = scalar(gate_size, used=skipped and config.gated_skip != ())
@@ -1068,32 +1075,20 @@ class GPT(nn.Module):
         self.run_block, self.quantised, self.chunk_losses, self.chunk_gradient = (
             compiled_if(compiled, part) for part in (run_block, quantised, chunk_losses, chunk_gradient))
         padded, width, tied = -(-vocabulary // 64) * 64, config.width, config.tied_until > 0
-        scalar, rows = partial(parameter, dtype=wide(self.dtype)), partial(parameter, dtype=self.dtype)
         draw = torch.Generator().manual_seed(config.seed)
         table = torch.randn(padded, width, generator=draw) * (EMBEDDING_INIT if tied else 1)
         self.embedding = nn.Parameter(table.to(self.dtype))
         self.head = nn.Parameter(table.to(self.dtype, copy=True) if tied
                                  else torch.zeros(padded, width, dtype=wide(self.dtype)))
-        self.blocks = nn.ModuleList(Block(i, config, self.dtype) for i in range(config.layers))
-        for block in self.blocks:
-            drawn = [(block.mlp[0], config.mlp_init)]
-            if block.attends:
-                drawn = [(block.qk, config.attention_init), (block.vo[0], config.attention_init),
-                         (block.vo[1], config.output_init), *drawn]
-            for matrices, spread in drawn:
-                if spread:
-                    draw_uniform(matrices, spread * (3 / width) ** 0.5, draw)
+        self.blocks = nn.ModuleList(Block(i, config, self.dtype, draw) for i in range(config.layers))
         self.table_of = {layer: i for i, layer in enumerate(sorted(set(config.value_layers)))}
-        self.value_tables = nn.ParameterList(rows(padded, width) for _ in self.table_of)
-        for table in self.value_tables:
-            table.data.copy_(VALUE_INIT * torch.randn(table.shape, generator=draw))
+        self.value_tables = nn.ParameterList(
+            (VALUE_INIT * torch.randn(padded, width, generator=draw)).to(self.dtype) for _ in self.table_of)
         channels = min(config.bigram_width, width)
-        self.bigram_table = rows(config.bigram * padded, channels, used=config.bigram > 0)
+        self.bigram_table = parameter(config.bigram * padded, channels, dtype=self.dtype, used=config.bigram > 0)
         signs = torch.rand(config.bigram_signs, channels, generator=draw).sub(0.5).sign().to(self.dtype)
         self.register_buffer("signs", signs if config.bigram_signs * config.bigram else None)
-        self.entrance, self.exit = Entrance(config, self.dtype), Exit(config, self.dtype)
-        for part in (self.blocks[-1].mudd, self.exit.mudd) if config.mudd else ():
-            draw_uniform(part.mudd_in, width**-0.5, draw)
+        self.entrance, self.exit = Entrance(config, self.dtype), Exit(config, self.dtype, draw)
         frequencies, scales = zip(*(yarn(stage, config) for stage in range(STAGES + 1)), strict=True)
         self.register_buffer("frequencies", torch.stack(frequencies), persistent=False)
         scales = torch.tensor(scales, dtype=wide(self.dtype))
