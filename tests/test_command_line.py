@@ -42,7 +42,7 @@ def test_settings_are_read_as_they_are_spelled(preset):
 
 
 def test_forms():
-    config = parse_command_line(["--row_tokens", "256", "--tokens-per-step=1024", "--short-layers=none", "--smear",
+    config = parse_command_line(["--row-tokens", "256", "--tokens-per-step=1024", "--short-layers=none", "--smear",
                                  "false", "--steps=3", "--steps", "5"])
     assert (config.row_tokens, config.tokens_per_step, config.short_layers, config.smear, config.steps) == (
         (256,), (1024,), (), False, 5)
@@ -75,11 +75,13 @@ def test_settings_that_contradict_each_other_are_refused(name, changes):
 
 @pytest.mark.parametrize("name", ELSEWHERE)
 def test_names_of_other_trainers_get_a_hint(name):
-    assert ELSEWHERE[name] in refusal(f"--{name}", "3") and ELSEWHERE[name][2:].replace("-", "_") in OPTIONS
+    meant = flag(ELSEWHERE[name])
+    assert f"is {meant} meant" in refusal(f"--{name}", "3") and ELSEWHERE[name] in OPTIONS
+    assert meant in refusal(f"{flag(name)}=3")
 
 
 def test_unknown_options():
-    assert "--window" in refusal("--wndow", "3")
+    assert "--window" in refusal("--wndow", "3") and "--row-tokens" in refusal("--row_tokens=3")
     assert "meant" not in refusal("--zzz", "3") and "meant" not in refusal("train.py")
     assert "--steps" in refusal("--steps")  # without a value
 
@@ -87,6 +89,7 @@ def test_unknown_options():
 def test_validation_shards_stand_beside_training_shards(tmp_path):
     config = parse_command_line(["--train-files", f"{tmp_path}/train/my_train_*.bin"])
     assert config.val_files == f"{tmp_path}/train/my_val_*.bin"
+    assert "--val-files" in refusal("--train-files", f"{tmp_path}/mine_*.bin")
 
 
 def run(*arguments, **options):
