@@ -1923,6 +1923,7 @@ def check_config(config):
         np.array([value_at(getattr(config, name), stage) for stage in range(STAGES + 1)])
         for name in ("row_tokens", "tokens_per_step", "window", "window_short"))
     skip = config.gated_skip
+    channels, turning = head_channels(config)
     rules = [  # setting, whether it is wrong, what it must be
         ("width", config.width % (2 * config.heads), f"a multiple of twice --heads {config.heads}"),
         ("heads", config.paired_layers and config.heads % 2, "even, for --paired-layers"),
