@@ -1873,8 +1873,7 @@ class RunLog(contextlib.AbstractContextManager):
         if self.folder:
             with contextlib.suppress(OSError), self.metrics, self.text:  # a full disk
                 if error and type(error) is not SystemExit:  # a signal has said its line
-                    reason = one_line(error) or repr(error)
-                    self.line(f"ended: {reason}{self.way_on()}", show=False)
+                    self.line(f"ended: {one_line(error) or repr(error)}{self.way_on()}", show=False)
 
     def way_on(self):
         """The end of a line that says why a run ended."""
@@ -2025,9 +2024,9 @@ def identity(config, shards=()):
 
 
 def newest(place, recipe=None):
-    """The newest whole file of a run folder, its model first; or this file. With a Config, the
-    newest of its recipe in a folder of runs, None if there is none. Raises UserError if none can
-    be read."""
+    """What `read_checkpoint` gives for a file, or for the newest whole file of a run folder, where a
+    model is newer than checkpoints. With a Config: for the newest of its recipe in a folder of runs,
+    or None. Raises UserError where there are files, and none can be read."""
     paths = place.glob("*/*.pt") if recipe else [*place.glob("*.pt")] or [place]
     errors = []
     for path in sorted(paths, reverse=True):
@@ -2141,7 +2140,7 @@ class Reports:
     unread: deque = dataclasses.field(default_factory=deque)
 
     def send(self, step, batch, loss, received):
-        """received: none or one signal."""
+        """loss: () on the device, this process's part. received: no signal, or one."""
         weights = sum(group.shard.sum(dtype=loss.dtype) for group in self.groups.values())
         report = torch.stack((loss, weights, loss.new_full((), sum(received))))[None]
         reports = report.repeat(self.processes.world, 1)
@@ -2150,17 +2149,16 @@ class Reports:
         reports = reports.to("cpu", non_blocking=True)
         arrived = torch.cuda.current_stream().record_event() if loss.is_cuda else None
         self.unread.append((step, batch.positions, reports, arrived))
-        self.read(leave=int(loss.is_cuda))
+        self.read(leave=loss.is_cuda)
 
     def read(self, leave=0):
-        """The oldest first. Raises UserError for a loss or weight that is not finite."""
+        """All but `leave` of them, the oldest first. Raises UserError for a loss or weight that is not finite."""
         while len(self.unread) > leave:
             step, positions, reports, arrived = self.unread.popleft()
             if arrived:
                 arrived.synchronize()
             for _, rank in (~reports.T.isfinite()).nonzero().tolist():  # losses, then weights
-                position, *_ = self.processes.all_gather(positions)[rank]
-                shard, token = self.stream.place(position)
+                shard, token = self.stream.place(self.processes.all_gather(positions)[rank][0])
                 raise UserError(
                     f"the loss of step {step + 1}, or a weight after it, is not finite in process "
                     f"{rank}, whose rows begin in {shard.path} at token {token}{self.log.way_on()}")
