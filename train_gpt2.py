@@ -1798,9 +1798,6 @@ def train(config, processes):
 class UserError(SystemExit):
     """Bad input, in one line: what was found, what was expected, what mends it. Exit status 1."""
 
-    def __init__(self, line):
-        super().__init__(" ".join(line.splitlines()))
-
 
 ELSEWHERE = {  # what other trainers call a setting
     "batch_size": "tokens_per_step",
@@ -1919,9 +1916,9 @@ def base_values(given):
 
 def check_config(config):
     """Returns it. Raises UserError for settings that cannot work together."""
-    rows, batches, windows, short = (
-        np.array([value_at(getattr(config, name), stage) for stage in range(STAGES + 1)])
-        for name in ("row_tokens", "tokens_per_step", "window", "window_short"))
+    rows, batches = (
+        np.array([value_at(values, stage) for stage in range(STAGES + 1)])
+        for values in (config.row_tokens, config.tokens_per_step))
     skip = config.gated_skip
     channels, turning = head_channels(config)
     rules = [  # setting, whether it is wrong, what it must be
@@ -1930,7 +1927,6 @@ def check_config(config):
         ("row_tokens", any(rows % MASK_BLOCK), f"multiples of {MASK_BLOCK}"),
         ("val_row_tokens", config.val_row_tokens % MASK_BLOCK, f"a multiple of {MASK_BLOCK}"),
         ("tokens_per_step", any(batches % rows), f"multiples of --row-tokens {rows}"),
-        ("window_short", config.short_layers and any(short > windows), f"at most --window {windows}"),
         ("gated_skip", skip and (len(skip) != 2 or skip[0] >= skip[1]), "FROM,TO with FROM before TO"),
         ("gated_skip", skip and config.unet_skips, "none, with --unet-skips true"),
         ("attention_free", config.value_residual and 0 in config.attention_free,
@@ -1973,9 +1969,9 @@ class Processes(NamedTuple):
             torch.cuda.synchronize(self.device)
 
     def barrier(self):
-        """Wait for every process, for an hour at most: one may be compiling or writing."""
+        """Wait for every process, half an hour at most: one may be compiling or writing."""
         if self.world > 1:
-            dist.monitored_barrier(self.host, timedelta(hours=1))
+            dist.monitored_barrier(self.host)
 
     def all_gather(self, value):
         """The plain value of each process."""
@@ -1987,11 +1983,11 @@ class Processes(NamedTuple):
     def check_agreement(self, facts):
         """Raises UserError, on every process, where one has other facts than this one."""
         for rank, other in enumerate(self.all_gather(facts)):
-            for name, fact in facts.items():
-                if other[name] != fact:
+            for name in facts:
+                if other[name] != facts[name]:
                     raise UserError(
                         f"process {rank} has another {name} than process {self.rank}: "
-                        f"{other[name]!s:.80}, not {fact!s:.80}; start all with the same files, "
+                        f"{other[name]!s:.80}, not {facts[name]!s:.80}; start all with the same files, "
                         "software and options")
 
 
@@ -2003,7 +1999,6 @@ def start_processes(config):
         if not 0 <= rank < world:
             raise ValueError(f"RANK {rank} is not below WORLD_SIZE {world}")
         if config.device == "cuda" or config.device == "auto" and torch.cuda.is_available():
-            torch.cuda.init()
             device = torch.device("cuda", int(environ.get("LOCAL_RANK", "0")))
             torch.cuda.set_device(device)
         if world > 1:
@@ -2011,11 +2006,11 @@ def start_processes(config):
             dist.init_process_group(
                 "nccl" if on_gpu else "gloo", device_id=device if on_gpu else None,
                 timeout=timedelta(seconds=config.timeout))
-            host = dist.new_group(backend="gloo", timeout=timedelta(hours=1))
-    except (ValueError, RuntimeError, AssertionError) as error:
+            host = dist.new_group(backend="gloo")
+    except Exception as error:  # of numbers, of CUDA, of the connection
         raise UserError(
             "this process cannot start by RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT and "
-            f"{torch.cuda.device_count()} GPUs: {error!s:.200}; start several by torchrun, one for "
+            f"{torch.cuda.device_count()} GPUs: {error!r:.300}; start several by torchrun, one for "
             "each GPU; without a GPU give --device cpu") from None
     torch.empty(31 * 2**20, dtype=torch.uint8)  # freed: glibc keeps smaller blocks from now on
     return Processes(rank, world, device, host)
@@ -2024,9 +2019,11 @@ def start_processes(config):
 def for_device(config, processes):
     """The config with its dtype, whether the head's products are in float8 in training, whether the
     model is compiled. Raises UserError for what this device or so many processes cannot do."""
-    on_gpu, fast = processes.device.type == "cuda", torch.cpu._is_avx512_bf16_supported()
+    on_gpu = processes.device.type == "cuda"
     if on_gpu:
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast = torch.cpu._is_avx512_bf16_supported()
     if config.dtype == "auto":
         config = replace(config, dtype="bfloat16" if fast else "float32")
 
@@ -2085,14 +2082,13 @@ class RunLog(contextlib.AbstractContextManager):
         if self.folder:
             with contextlib.suppress(OSError), self.metrics, self.text:  # a full disk
                 if error and type(error) is not SystemExit:  # a signal has said its line
-                    reason = one_line(error) or repr(error)
-                    self.line(f"ended: {reason}{self.way_on()}", show=False)
+                    self.line(f"ended: {one_line(error) or repr(error)}{self.way_on()}", show=False)
 
     def way_on(self):
         """The end of a line that says why a run ended."""
-        if self.checkpoint is None:
-            return "; there is no checkpoint (--save-every N makes them)"
-        return f"; go on with --resume {shlex.quote(str(self.checkpoint))}"
+        if self.folder and self.checkpoint:
+            return f"; go on with --resume {shlex.quote(str(self.checkpoint))}"
+        return ""
 
     def line(self, text, show=True):
         """To log.txt, and to the screen."""
@@ -2109,9 +2105,11 @@ class RunLog(contextlib.AbstractContextManager):
         """An object in metrics.jsonl, and a line as speedrun logs have it, after `step` updates."""
         if self.folder is None:
             return
-        record = {"step": step, "tokens": tokens_until(step, self.config)}
-        record |= losses | {"train_time_s": round(seconds, 6)}
-        self.metrics.write(json.dumps(record) + "\n")
+        self.metrics.write(json.dumps({
+            "step": step,
+            "tokens": tokens_until(step, self.config),
+            **losses,
+            "train_time_s": round(seconds, 6)}) + "\n")
         (kind, loss), *_ = losses.items()
         if kind == "val_loss" or step % 10 == 0 or step < 10:
             self.line(
@@ -2157,7 +2155,7 @@ def save(path, saved):
 
 def check_disk(config, groups, processes):
     """Raises UserError where --out has no room for the checkpoints and the model."""
-    size = 12 * sum(group.weights.numel() for group in groups.values())  # about
+    size = 12 * sum(group.weights.numel() for group in groups.values())  # bytes, about
     needed = size * (config.keep + 1 if config.save_every else 1)
     if processes.rank == 0 and shutil.disk_usage(config.out).free < needed:
         raise UserError(
@@ -2167,13 +2165,12 @@ def check_disk(config, groups, processes):
 
 def save_somewhere(log, saved):
     """The model of a finished run: where its folder has no room, among temporary files."""
-    for path in log.folder / "model.pt", Path(tempfile.gettempdir(), f"{log.folder.name}.pt"):
-        try:
-            save(path, saved)
-            return log.line(f"the model is {path}")
-        except (OSError, RuntimeError) as error:
-            log.line(f"cannot write {path}: {one_line(error)}")
-    raise UserError(f"the model could not be written anywhere{log.way_on()}")
+    try:
+        save(log.folder / "model.pt", saved)
+    except (OSError, RuntimeError) as error:
+        path = Path(tempfile.gettempdir(), f"{log.folder.name}.pt")
+        log.line(f"{one_line(error)}; the model goes to {path}")
+        save(path, saved)
 
 
 def contents(model, data, progress):
@@ -2210,7 +2207,7 @@ def read_checkpoint(path, wanted=None):
     None if it is not of the wanted Config's recipe. Raises UserError for any other file."""
     options = Config.__dataclass_fields__
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        saved = torch.load(path, weights_only=True, mmap=True)
         settings = {name: typed(options[name], text) for name, text in saved["config"].items()}
         config = Config(**settings)
         if texts(config) != saved["config"]:
@@ -2223,8 +2220,8 @@ def read_checkpoint(path, wanted=None):
         return saved | {"path": str(path), "config": config}
     except Exception as error:  # whatever reading and unpickling may raise
         raise UserError(
-            f"cannot use {path} as a checkpoint of this train_gpt2.py: {type(error).__name__} "
-            f"{error!s:.160}; the log.txt of its run begins with the version that wrote it") from None
+            f"cannot use {path} as a checkpoint of this train_gpt2.py: {error!r:.160}; "
+            "the log.txt of its run begins with the version that wrote it") from None
 
 
 def identity(config, shards=()):
@@ -2236,9 +2233,9 @@ def identity(config, shards=()):
 
 
 def newest(place, recipe=None):
-    """The newest whole file of a run folder, its model first; or this file. With a Config, the
-    newest of its recipe in a folder of runs, None if there is none. Raises UserError if none can
-    be read."""
+    """What `read_checkpoint` gives for a file, or for the newest whole file of a run folder, where a
+    model is newer than checkpoints. With a Config: for the newest of its recipe in a folder of runs,
+    or None. Raises UserError where there are files, and none can be read."""
     paths = place.glob("*/*.pt") if recipe else [*place.glob("*.pt")] or [place]
     errors = []
     for path in sorted(paths, reverse=True):
@@ -2281,7 +2278,7 @@ def restore(saved, model, groups):
                 group.load(buffer, whole)
         return Progress(*(saved[name] for name in Progress._fields))
     except Exception as error:  # whatever missing and misshapen tensors lead to
-        raise UserError(f"cannot use {saved['path']}: {error!s:.160}") from None
+        raise UserError(f"cannot use {saved['path']}: {error!r:.160}") from None
 
 
 def load_model(path, device="cpu"):
@@ -2320,15 +2317,16 @@ class Clock:
 def caught_signals():
     """A list that receives the number of the first signal to end, for the loop to act on. A second
     one ends the process at once; but torchrun sends the first one again, and ends us by itself."""
-    received, torchrun = [], "TORCHELASTIC_RUN_ID" in os.environ
+    received = []
 
     def note(number, _frame):
         if not received:
             received.append(number)
-        elif not torchrun:
+        elif "TORCHELASTIC_RUN_ID" not in os.environ:
             os._exit(128 + number)
 
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)  # Slurm's warning
+    # The last one is Slurm's warning.
+    numbers = signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1
     before = {number: signal.signal(number, note) for number in numbers}
     try:
         yield received
@@ -2351,7 +2349,7 @@ class Reports:
     unread: deque = dataclasses.field(default_factory=deque)
 
     def send(self, step, batch, loss, received):
-        """received: none or one signal."""
+        """loss: () on the device, this process's part. received: no signal, or one."""
         weights = sum(group.shard.sum(dtype=loss.dtype) for group in self.groups.values())
         report = torch.stack((loss, weights, loss.new_full((), sum(received))))[None]
         reports = report.repeat(self.processes.world, 1)
@@ -2360,23 +2358,22 @@ class Reports:
         reports = reports.to("cpu", non_blocking=True)
         arrived = torch.cuda.current_stream().record_event() if loss.is_cuda else None
         self.unread.append((step, batch.positions, reports, arrived))
-        self.read(leave=int(loss.is_cuda))
+        self.read(leave=loss.is_cuda)
 
     def read(self, leave=0):
-        """The oldest first. Raises UserError for a loss or weight that is not finite."""
+        """All but `leave` of them, the oldest first. Raises UserError for a loss or weight that is not finite."""
         while len(self.unread) > leave:
             step, positions, reports, arrived = self.unread.popleft()
             if arrived:
                 arrived.synchronize()
             for _, rank in (~reports.T.isfinite()).nonzero().tolist():  # losses, then weights
-                first = self.processes.all_gather(positions)[rank][0]
-                shard, token = self.stream.place(first)
+                shard, token = self.stream.place(self.processes.all_gather(positions)[rank][0])
                 raise UserError(
                     f"the loss of step {step + 1}, or a weight after it, is not finite in process "
                     f"{rank}, whose rows begin in {shard.path} at token {token}{self.log.way_on()}")
             loss, _, number = reports.T
             self.log.record(step + 1, self.clock.now(), train_loss=loss.sum().item())
-            self.signal = self.signal or int(number.max())
+            self.signal = int(number.max())
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2388,7 +2385,6 @@ def one_line(error):
     if isinstance(error.__context__, OSError) and type(error) is RuntimeError:
         error = error.__context__  # torch.save makes the latter of a full disk
     text = " ".join(str(error).split())
-    memory = f"the machine has too little memory: {text:.160}; take a smaller --width or --layers"
     known = (  # kind, words in its text, what to say
         (UserError, "", text),
         (KeyboardInterrupt, "", "interrupted before the first step: there was nothing to save"),
@@ -2397,8 +2393,8 @@ def one_line(error):
         (RuntimeError, "CUDA.*out of memory",
          "the GPU has too little memory; the same training needs less with --micro-tokens 16384, "
          "less again with --recompute true --loss-chunk 2048"),
-        (MemoryError, "", memory),
-        (RuntimeError, "DefaultCPUAllocator|Storage size calculation", memory),
+        ((MemoryError, RuntimeError), "^$|allocate|Storage size",
+         f"the machine has too little memory: {text:.160}; take a smaller --width or --layers"),
         (RuntimeError, "gloo|monitoredBarrier|NCCL|pair closure",
          "the connection to another process is lost, or it kept silent for --timeout seconds "
          f"({text:.160}); what it said stands above or in its machine's output"))
@@ -2409,12 +2405,12 @@ def one_line(error):
 
 
 def main(arguments=None):
-    """The command line. Every process sees the same bad input: process 0 speaks first."""
+    """The command line, from its arguments. Of what all processes meet, process 0 speaks first."""
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # sizes vary by stage
     sys.stdout = sys.stdout or open(os.devnull, "w")  # it was closed
     sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be no text
     try:
-        config = parse_command_line(sys.argv[1:] if arguments is None else arguments)
+        config = parse_command_line(arguments)
         train(config, start_processes(config))
     except BaseException as error:
         line = one_line(error)
@@ -2425,7 +2421,7 @@ def main(arguments=None):
             error = SystemExit(1)
         if isinstance(error, SystemExit) and dist.is_initialized():
             os._exit(error.code)  # an ordinary end would wait for processes that do not answer
-        raise error from None
+        raise error
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -61,7 +61,7 @@ def test_a_value_out_of_bounds_is_refused(name, text):
 @pytest.mark.parametrize(("name", "changes"), [
     ("width", dict(width=770)), ("heads", dict(heads=3, width=768)), ("row_tokens", dict(row_tokens=(100,))),
     ("val_row_tokens", dict(val_row_tokens=100)), ("tokens_per_step", dict(tokens_per_step=(131_073,))),
-    ("window_short", dict(window_short=(400,))), ("gated_skip", dict(gated_skip=(3,))),
+    ("gated_skip", dict(gated_skip=(3,))),
     ("gated_skip", dict(gated_skip=(6, 3))), ("gated_skip", dict(unet_skips=True)),
     ("attention_free", dict(value_residual=True, attention_free=(0,), value_layers=())),
     ("value_layers", dict(value_layers=(6,))), ("backout", dict(backout=(1, 2))),
