@@ -200,7 +200,8 @@ def test_recomputing_visits_blocks_twice(recompute):
 
 # ---- loss -------------------------------------------------------------------------------------------------
 
-CAPS = {"none": (0.0, 1.0, 0.0), "far": (2000.0, 40.0, 0.0), "symmetric": (2.0, 2.0, 0.0), "record 62": (11.5, 15.0, 5.0)}
+CAPS = {"none": (0.0, 1.0, 0.0), "far": (2000.0, 40.0, 0.0),
+        "symmetric": (2.0, 2.0, 0.0), "record 62": (11.5, 15.0, 5.0)}
 
 
 def operands(tokens=41, width=6, vocabulary=11, dtype=torch.float64, columns=1):

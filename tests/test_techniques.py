@@ -247,8 +247,8 @@ ONE_BY_ONE = [(preset, name) for name in TECHNIQUES for preset in ("gpt2", "five
 assert {name for _, name in ONE_BY_ONE} == {*TECHNIQUES}
 
 # gpt2 in six layers, which have among them all that its eleven have.
-SIX_LAYERS = dict(layers=6, paired_layers=(0, 4), short_layers=(0, 3, 4), attention_free=(2,), value_layers=(0, 3, 4, 5),
-                  xsa_layers=(1, 3, 5), gated_skip=(1, 2), attention_source=(3,))
+SIX_LAYERS = dict(layers=6, paired_layers=(0, 4), short_layers=(0, 3, 4), attention_free=(2,),
+                  value_layers=(0, 3, 4, 5), xsa_layers=(1, 3, 5), gated_skip=(1, 2), attention_source=(3,))
 
 
 def recipe(preset: str = "gpt2", without=(), **changes) -> GPT:
