@@ -505,8 +505,9 @@ def test_nothing_compiles_after_the_warm_up(tmp_path, fresh_compiler, monkeypatc
     sizes = dict(dtype="float32", steps=12, row_tokens=(128, 256, 384), tokens_per_step=(256, 512, 768), width=24)
     model, groups, data = small_run(tmp_path, True, **sizes, val_row_tokens=128, repeat=True)
     warm_up(model, groups, data, ALONE)
-    # Five kinds of layers, in three lengths of rows and in validation.
-    assert graphs.count("run_block") == 5 * 4 and {*graphs} == {"run_block", "chunk_loss", "muon_update", "adam_update"}
+    # Six kinds of layers, entrance and exit, in three lengths of rows and in validation.
+    assert graphs.count("run_block") == 8 * 4
+    assert {*graphs} == {"run_block", "chunk_losses", "chunk_gradient", "muon_update", "adam_update"}
     count, batches = len(graphs), train_gpt2.step_batches(data.train, model.config, ALONE)
     for step, batch in enumerate(batches):  # a recompilation would be an error
         validate(model, data.val, 300, step, ALONE)
