@@ -284,7 +284,7 @@ SPOIL = {
     "a weight is on meta": lambda s: s["weights"].update(head=torch.ones(320, 32, device="meta")),
     "another vocabulary": lambda s: s.update(vocabulary=5000),
     "state is missing": lambda s: s["state"].popitem(),
-    "state is of another shape": lambda s: s["state"].update({"mlp.0": torch.ones(())}),
+    "state is of another shape": lambda s: s["state"].update({"mlp.late.0": torch.ones(())}),
     "code": lambda s: s.update(step=Runs()),
 }
 

@@ -9,7 +9,7 @@ from tools import dense_mask, random_starts
 from torch.nn.attention.flex_attention import create_mask, flex_attention
 
 from train_gpt2 import (
-    MASK_BLOCK, Block, Config, attention, attention_masks, block_mask, document_starts, first_visible_key,
+    GPT, MASK_BLOCK, Config, attention, attention_masks, block_mask, document_starts, first_visible_key,
     interval_rule, span_mask)
 
 WINDOWS = (0, 1, 2, 30, 63, 99, 126, 127, 128, 254, 255, 256, 383, 511, 999, 100_000, 2**40)
@@ -121,8 +121,8 @@ def paired_definition(starts: torch.Tensor, window: int) -> torch.Tensor:
 @pytest.mark.parametrize("compiled", [False, True])
 def test_each_kind_of_layer_gets_its_own_mask(compiled):
     def masks_of(starts, windows, **changes) -> dict:
-        config = Config(**dict(heads=4, width=32, xsa_layers=()) | changes)
-        blocks = [Block(i, config, torch.float32) for i in range(config.layers)]
+        config = Config(**dict(heads=4, width=32, xsa_layers=(), dtype="float32") | changes)
+        blocks = GPT(config, 64).blocks
         return attention_masks(SimpleNamespace(blocks=blocks, compiled=compiled), starts, windows)
 
     all_kinds = dict(layers=5, value_layers=(), short_layers=(0, 1), paired_layers=(1, 3))
