@@ -264,7 +264,7 @@ SPOIL = {
     "a weight is of another shape": lambda s: s["weights"].update(head=torch.ones(3)),
     "a weight is no tensor": lambda s: s["weights"].update(head="x"),
     "state is missing": lambda s: s["state"].popitem(),
-    "state is of another shape": lambda s: s["state"].update(mlp=[torch.ones(())]),
+    "state is of another shape": lambda s: s["state"].update({"mlp.late": [torch.ones(())]}),
     "code": lambda s: s.update(step=Runs()),
 }
 
