@@ -17,14 +17,15 @@ ROOT = Path(__file__).resolve().parent.parent
 ALONE = Processes(0, 1, torch.device("cpu"))
 
 # Command lines of models that train in tens of milliseconds per step, through the same code as the large
-# ones: record 12 in three layers, and record 62 in all its eleven, three stages and the extension.
+# ones: record 12 in three layers, and gpt2 in all its eleven, three stages and the extension.
 SMALL = dict(
     preset="five-minute", layers=3, width=64, heads=2, row_tokens=128, tokens_per_step=1024, window=95,
     steps=8, val_every=4, val_tokens=2000, val_row_tokens=128, device="cpu", dtype="float32", compile="none")
 RECIPE = dict(
     preset="gpt2", width=32, heads=2, row_tokens="128,256,384", tokens_per_step="1024,2048,3072", steps=12,
     extension=0.25, window="64,96,128,160", window_short="16,32,48,64", window_final=200, val_every=6,
-    document_tokens=90, val_tokens=2000, val_row_tokens=512, device="cpu", dtype="float32", compile="none")
+    document_tokens="60,90", bigram_width=24, bigram_signs=200, val_tokens=2000, val_row_tokens=512, device="cpu",
+    dtype="float32", compile="none")
 
 
 def random_documents(count: int, vocabulary: int = 257, separator: int = 256, seed: int = 0,
@@ -52,10 +53,17 @@ def write_shard(path, tokens, vocabulary: int = 0, separator: int = 0, **overrid
     return Path(path)
 
 
+def made_up_prefixes(vocabulary: int) -> np.ndarray:
+    """(vocabulary,) int32: of about half of the tokens a smaller one, of the others -1."""
+    draw = np.random.default_rng(7)
+    return np.where(draw.random(vocabulary) < 0.5, draw.integers(0, np.arange(vocabulary) + 1) - 1, -1).astype("<i4")
+
+
 def write_corpus(folder: Path, train=(9000, 4000, 8000), val=(1500, 1200), vocabulary: int = 257,
                  separator: int = 256) -> Path:
-    """Shards text_train_*.bin and text_val_*.bin of these many tokens each. Returns the folder."""
+    """Shards text_train_*.bin and text_val_*.bin of these many tokens each, and prefixes. Returns the folder."""
     folder.mkdir(parents=True, exist_ok=True)
+    made_up_prefixes(vocabulary).tofile(folder / train_gpt2.PREFIXES)
     for seed, (part, counts) in enumerate((("train", train), ("val", val))):
         tokens = random_documents(sum(counts), vocabulary, separator, seed)
         for number, piece in enumerate(np.split(tokens, np.cumsum(counts)[:-1])):
@@ -166,7 +174,7 @@ def dense_mask(starts: torch.Tensor, window: int) -> torch.Tensor:
 SIZES = {
     "five-minute": dict(layers=4, heads=2, width=16, row_tokens=(64,), val_row_tokens=64, window=(23,)),
     "gpt2": dict(heads=4, width=32, row_tokens=(64, 128), val_row_tokens=128, window=(24, 40, 60, 90),
-                 window_short=(8, 16, 24, 32), window_final=120)}
+                 window_short=(8, 16, 24, 32), window_final=120, bigram_width=20, bigram_signs=37)}
 
 
 def small_config(preset: str = "five-minute", **changes) -> Config:
@@ -178,8 +186,8 @@ def small_model(vocabulary: int = 50, dtype: str = "float64", spread: float = 0.
                 float8: bool = False, compiled: bool = False, **changes) -> train_gpt2.GPT:
     """A GPT of small_config. spread > 0: every parameter is drawn anew with about this spread around its
     first value, so that none is zero and the output of no part vanishes."""
-    config = small_config(preset, dtype=dtype, **changes)
-    model, draw = train_gpt2.GPT(config, vocabulary, float8, compiled), torch.Generator().manual_seed(1)
+    config, draw = small_config(preset, dtype=dtype, **changes), torch.Generator().manual_seed(1)
+    model = train_gpt2.GPT(config, vocabulary, made_up_prefixes(vocabulary), float8, compiled)
     for p in model.parameters() if spread else ():
         p.data += (spread * torch.randn(p.shape, generator=draw, dtype=torch.float64)).to(p.dtype)
     return model
