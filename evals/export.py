@@ -40,7 +40,8 @@ def description(model: GPT, phase: Phase, saved: dict) -> dict:
                "value_table": model.table_of.get(i), "skip_from": skips.get(i)}
               for i, block in enumerate(model.blocks)]
     techniques = {name: TECHNIQUES[name].reason for name in IN_MODEL
-                  if all(getattr(config, key) != value for key, value in TECHNIQUES[name].neutral.items())}
+                  if all(getattr(config, key) != value for key, value in TECHNIQUES[name].neutral.items())
+                  and (name, config.mixing) != ("sublayer-mixing", "none")}
     encoding = sample.KNOWN.get((saved["vocabulary"], saved["separator"]), "that of its training shards")
     return {"techniques": techniques, "encoding": encoding, "longest_text": max(config.row_tokens),
             **{name: saved[name] for name in ("vocabulary", "separator", "step", "val_loss")},
