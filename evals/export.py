@@ -6,8 +6,8 @@ loads them with torch as its only package.
     python -c "import torch; from model import load; print(load().logits(torch.tensor([256])))"
 
 No standard Hugging Face class can hold these models: none has paired heads, key offsets, value or bigram
-embeddings, smear, ReLU^2 without biases. config.json lists what the model at hand has; model.py is
-short and spells it out.
+embeddings, weights by token, ReLU^2 without biases. config.json lists what the model at hand has; model.py
+is short and spells it out.
 """
 
 import argparse
@@ -16,36 +16,54 @@ import shutil
 import sys
 from pathlib import Path
 
+from torch import Tensor
+
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent / "data")]
 
 import sample
 from text import Parser
 
-from train_gpt2 import GPT, TECHNIQUES, Phase, UserError
+from train_gpt2 import GPT, TECHNIQUES, Phase, UserError, skip_sources
 
 # Those of TECHNIQUES that a forward pass shows.
 IN_MODEL = ("unet-skips", "qk-norm", "x0-shortcut", "value-residual", "value-embeddings", "attention-free",
-            "half-rotary", "softcap", "short-windows", "attention-gates", "yarn", "smear", "backout",
-            "gated-skip", "key-offset", "value-gates", "paired-heads", "bigrams")
+            "half-rotary", "softcap", "short-windows", "attention-gates", "yarn", "smear", "gated-skip",
+            "key-offset", "value-gates", "paired-heads", "bigrams", "sublayer-mixing", "attention-source", "mudd",
+            "xsa", "bigram-signs")
 
 
 def description(model: GPT, phase: Phase, saved: dict) -> dict:
     """config.json: what model.py needs beside the weights, as it was when the model was saved."""
-    config, skips = model.config, model.skips
-    layers = [{"attends": layer.attends, "window": phase.windows[layer.short], "paired": layer.paired,
-               "key_offset": layer.key_offset, "value_table": layer.value_table,
-               "skip_from": skips.get(i), "skip_weight": list(skips).index(i) if i in skips else None}
-              for i, layer in enumerate(model.plan)]
+    config, skips = model.config, skip_sources(model.config)
+    layers = [{"window": phase.windows[block.short], "paired": block.paired, "key_offset": block.key_offset,
+               "value_table": model.table_of.get(i), "skip_from": skips.get(i)}
+              for i, block in enumerate(model.blocks)]
     techniques = {name: TECHNIQUES[name].reason for name in IN_MODEL
-                  if any(getattr(config, key) != value for key, value in TECHNIQUES[name].neutral.items())}
+                  if all(getattr(config, key) != value for key, value in TECHNIQUES[name].neutral.items())
+                  and (name, config.mixing) != ("sublayer-mixing", "none")}
     encoding = sample.KNOWN.get((saved["vocabulary"], saved["separator"]), "that of its training shards")
     return {"techniques": techniques, "encoding": encoding, "longest_text": max(config.row_tokens),
             **{name: saved[name] for name in ("vocabulary", "separator", "step", "val_loss")},
             **{name: getattr(config, name) for name in ("heads", "rms_epsilon", "qk_norm", "softcap")},
             "rotary_frequencies": model.frequencies[phase.stage].tolist(),
             "softmax_scale": model.scales[phase.stage].item(),
-            "backout": config.backout[0] if config.backout else None, "layers": layers}
+            "attention_source": next(iter(config.attention_source), None),
+            "kept": min(skips.values(), default=None), "layers": layers}
+
+
+def exported_weights(model: GPT, phase: Phase) -> dict[str, Tensor]:
+    """The tensors of model.safetensors: tables without padding, weights of the entrance with their layers."""
+    weights = model.state_dict()
+    if phase.tied:  # one table
+        del weights["embedding"]
+    for name, layers in (("x0_mix", model.entrance.x0_layers), ("bigram_mix", model.entrance.bigram_layers)):
+        parts = weights.pop(f"entrance.{name}", ())
+        weights |= {f"blocks.{i}.{name}": part.clone() for i, part in zip(layers, parts, strict=True)}
+    for name, weight in weights.items():  # tables of tokens are padded to a multiple of 64 rows
+        by_token = name.startswith(("embedding", "head", "value_tables."))
+        weights[name] = (weight[:model.vocabulary] if by_token else weight).contiguous()
+    return weights
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -60,12 +78,7 @@ def main(arguments: list[str] | None = None) -> None:
     except ImportError:
         raise UserError("the package safetensors is missing: pip install safetensors") from None
     model, phase, saved = sample.open_model(options.checkpoint)
-    config, weights = description(model, phase, saved), model.state_dict()
-    if phase.tied:  # one table
-        del weights["embedding"]
-    for name, weight in weights.items():  # tables of tokens are padded to a multiple of 64 rows
-        by_token = name.startswith(("embedding", "head", "value_tables."))
-        weights[name] = (weight[:model.vocabulary] if by_token else weight).contiguous()
+    config, weights = description(model, phase, saved), exported_weights(model, phase)
     out = options.out or Path(saved["path"]).parent / "exported"
     try:
         out.mkdir(parents=True, exist_ok=True)

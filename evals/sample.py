@@ -60,11 +60,11 @@ def settle(model: GPT) -> GPT:
     for block in model.blocks:
         block.mlp.data = block.mlp.to(model.dtype)
         if block.attends:
-            qkv_weight, out_weight = block.attention.to(model.dtype).split((3, 1))
-            if block.in_scale is not None:
-                qkv_weight, out_weight = block.in_scale * qkv_weight, block.out_scale * out_weight
-                block.in_scale = block.out_scale = None
-            block.attention.data = torch.cat((qkv_weight, out_weight))
+            block.qk.data, block.vo.data = block.qk.to(model.dtype), block.vo.to(model.dtype)
+        if block.in_scale is not None:
+            block.qk.data, (value, out) = block.in_scale * block.qk, block.vo
+            block.vo.data = torch.stack((block.in_scale * value, block.out_scale * out))
+            block.in_scale = block.out_scale = None
     return model
 
 
@@ -93,8 +93,8 @@ class Cache:
     """Goes through a text piece by piece. A pass is the model's own, with one function exchanged:
     attention looks at the keys and values kept from earlier passes too.
 
-    A token's embedding looks back at two tokens (bigrams), its keys at the one before it, whole. So
-    each pass repeats the last three tokens, and drops what they yield.
+    A token's embedding looks back at one token, but the first two of a pass have bigrams of their own, and
+    its keys look at the token before it, whole. So each pass repeats the last three, and drops what they yield.
     """
 
     def __init__(self, model: GPT, phase: Phase, separator: int):
@@ -102,7 +102,7 @@ class Cache:
         self.tokens = torch.zeros(1, 0, dtype=torch.int32, device=model.head.device)  # so far
         # Of the layers that attend, in order; keys and values (1, H, positions, K), as far as windows
         # reach. Each pass takes all from the left and puts them back at the right.
-        self.layers = deque((layer, None, None) for layer in model.plan if layer.attends)
+        self.layers = deque((block, None, None) for block in model.blocks if block.attends)
 
     @torch.no_grad()
     def advance(self, tokens: Tensor) -> Tensor:
@@ -119,21 +119,21 @@ class Cache:
 
     def attention(self, query: Tensor, key: Tensor, value: Tensor, _mask) -> Tensor:
         """Of the next layer, all (1, H, positions, K). A token has two positions in paired layers."""
-        layer, old_key, old_value = self.layers.popleft()
-        each, window = 1 + layer.paired, self.phase.windows[layer.short]
-        angle = each * self.begin * self.model.frequencies[self.phase.stage]
-        tables = angle.cos().to(query.dtype), angle.sin().to(query.dtype)
-        query, key = script.rotary(query, *tables), script.rotary(key, *tables)  # from the text's start on
+        block, old_key, old_value = self.layers.popleft()
+        each, window = 1 + block.paired, self.phase.windows[block.short]
+        angles = each * self.begin * self.model.frequencies[self.phase.stage]  # from the text's start on
+        tables = [table[1] for table in script.rotary_tables(angles, 2, query.shape[-1], query.dtype)]
+        query, key = (script.rotary(part, *tables, block.turning) for part in (query, key))
         if old_key is not None:
             key = torch.cat((old_key, key[:, :, each * self.repeated:]), dim=2)
             value = torch.cat((old_value, value[:, :, each * self.repeated:]), dim=2)
         reach = window + 3 * each  # of the tokens that the next pass repeats
-        self.layers.append((layer, key[:, :, -reach:], value[:, :, -reach:]))
+        self.layers.append((block, key[:, :, -reach:], value[:, :, -reach:]))
         starts = self.tokens == self.separator
-        if layer.paired:
+        if block.paired:
             starts = torch.stack((starts, torch.zeros_like(starts)), dim=-1).flatten(1)
         position, queries = torch.arange(starts.shape[1], device=starts.device), query.shape[2]
-        first_key = script.first_visible_key(starts, window)[0, -queries:, None]
+        first_key = script.first_visible_key(script.document_starts(starts), window)[0, -queries:, None]
         last_key, position = position[-queries:, None], position[-key.shape[2]:]
         visible = (first_key <= position) & (position <= last_key)
         return F.scaled_dot_product_attention(query, key, value, visible, scale=1.0)

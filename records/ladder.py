@@ -2,7 +2,7 @@
 
     python records/ladder.py --train-files 'data/text/text_train_*.bin' --val-files 'data/text/text_val_*.bin' \\
         --steps 160 --seeds 3 --leave-one-out --jobs 2                  # small models, on a CPU with two cores
-    python records/ladder.py --size 124M --steps 1600 --leave-one-out   # the recipes themselves, on a GPU
+    python records/ladder.py --size 124M --leave-one-out                # the recipes themselves, on a GPU
 
 A rung sets the fields of one technique to what `gpt2` has and keeps those of the rungs before it; the first
 rung is `five-minute`, the last is `gpt2`. Left out is what a rung has set: it is as in `five-minute`. Every run
@@ -50,13 +50,13 @@ class Rung(NamedTuple):
 
 # Fields that make no sense alone move with a technique; some rungs are values only.
 WITH = {"value_residual": "value-embeddings", "layers": "attention-free", "muon_lr": "normuon",
-        "down_scale": "normuon", "unet_skips": "gated-skip", "residual_init": "gated-skip",
-        "adam_embedding": "tied-head", "adam_head": "tied-head", "tokens_per_step": "rate-levels",
-        "row_tokens": "rate-levels", "steps": "rate-levels"}
+        "down_scale": "normuon", "unet_skips": "gated-skip", "adam_embedding": "tied-head", "adam_head": "tied-head",
+        "tokens_per_step": "rate-levels", "row_tokens": "rate-levels", "steps": "rate-levels",
+        "mixing": "sublayer-mixing", "adam_mixing": "sublayer-mixing"}
 VALUES = {  # by the technique after which they came
     "short-windows": [Rung("epsilons", "smaller in Adam and in the norms", "20 21 57", ("adam_epsilon", "rms_epsilon")),
                       Rung("validation", "longer context in validation", "21 39", ("val_row_tokens", "val_every"))],
-    "tied-head": [Rung("scalars", "Adam's settings for scalars", "52 57", ("adam_x0", "adam_scalars"))]}
+    "tied-head": [Rung("scalars", "Adam's settings for scalars", "52 57", ("adam_scalars",))]}
 
 
 def all_rungs() -> list[Rung]:
@@ -64,22 +64,23 @@ def all_rungs() -> list[Rung]:
     found = [Rung("five-minute", "record 12", "12", ())]
     for name, technique in TECHNIQUES.items():
         own = [field for field in technique.neutral if WITH.get(field, name) == name]
-        fields = (*own, *(field for field, moves_with in WITH.items() if moves_with == name))
+        fields = (*dict.fromkeys(own + [field for field, moves_with in WITH.items() if moves_with == name]),)
         found += [Rung(name, technique.reason, technique.records, fields)] * bool(fields) + VALUES.get(name, [])
     return found
 
 
 # The recipes made small: what both have, then what each has of its own. Learning rates stay. Rows and batches
-# keep the ratios 4 to 1, 2, 3, windows are an eighth. Six layers stand for eleven, {0,1} {2,3} {4,5} {6} {7,8,9}
-# {10}: long windows in the second and the last, no attention in the fourth, which the skip enters and the backout
-# follows. The softmax scale keeps its ratio to 1 / sqrt(K). Rows come from all over the text.
+# keep the ratios 4 to 1, 2, 3, windows and documents are an eighth. Six layers stand for eleven, {0,1} {2,3} {4,5}
+# {6} {7,8,9} {10}: long windows in the second and the last, no attention in the fourth, which the skip enters. The
+# softmax scale keeps its ratio to 1 / sqrt(K). Rows come from all over the text. Bytes have no prefixes.
 TINY = ({"shuffle": True, "repeat": True, "long_documents": "continue", "val_tokens": 32_768, "layers": 6, "heads": 2,
-         "width": 128, "window_short": (16, 48, 80, 96)},
+         "width": 128, "window_short": (16, 48, 80, 96), "bigram_width": 32},
         {"tokens_per_step": (2048,), "row_tokens": (512,), "val_row_tokens": 512, "window": (127,)},
         {"tokens_per_step": (512, 1024, 1536), "row_tokens": (128, 256, 384), "val_row_tokens": 2048,
-         "window": (48, 112, 176, 208), "window_final": 320, "document_tokens": 256, "short_layers": (0, 2, 4),
-         "paired_layers": (0, 2, 4), "attention_free": (3,), "attention_scale": 0.1 * 2**0.5,
-         "value_layers": (0, 4, 5), "gated_skip": (1, 3), "backout": (4,), "bigram": 16})
+         "window": (48, 112, 176, 208), "window_final": 320, "document_tokens": (112, 256), "short_layers": (0, 2, 4),
+         "paired_layers": (0, 2, 4), "attention_free": (3,), "attention_source": (4,), "xsa_layers": (0, 1, 2, 4, 5),
+         "attention_scale": 0.1 * 2**0.5, "value_layers": (0, 1, 4, 5), "gated_skip": (1, 3), "bigram": 16,
+         "qk_heads": 1, "prefix_weight": 0.0})
 SIZES = {"tiny": TINY, "124M": ({}, {}, {})}
 
 
@@ -339,7 +340,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--size", default="tiny", choices=SIZES, help="small models, or the recipes as they are")
     add("--train-files", metavar="GLOB", help="training shards (those of train_gpt2.py)")
     add("--val-files", metavar="GLOB", help="validation shards (the same)")
-    add("--steps", type=int, metavar="N", help="length of gpt2, whose tokens all runs get (160, at 124M 1600)")
+    add("--steps", type=int, metavar="N", help=f"length of gpt2, whose tokens all get (160, at 124M {Config.steps})")
     add("--seeds", type=int, default=3, metavar="N", help="runs of each configuration (3)")
     add("--rungs", metavar="A,B", help="only these, each compared with the one before it in the list (all)")
     add("--leave-one-out", action="store_true", help="also gpt2 without each of them")
@@ -352,7 +353,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     for name in options.rungs:
         if name not in known:
             parser.error(f"--rungs {name} is none of {', '.join(known)}")
-    options.steps = (160 if options.size == "tiny" else 1600) if options.steps is None else options.steps
+    options.steps = (160 if options.size == "tiny" else Config.steps) if options.steps is None else options.steps
     if min(options.steps, options.seeds, options.jobs) < 1:
         parser.error("--steps, --seeds and --jobs must be at least 1")
     options.out = options.out or Path("logs") / f"ladder-{options.size}"

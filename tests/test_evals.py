@@ -31,8 +31,14 @@ BYTES, GPT2, OWN = (257, 256), (50_257, 50_256), (261, 260)  # vocabulary, separ
 ROWS = {"row_tokens": (128,), "tokens_per_step": (128,), "val_row_tokens": 128}  # a file needs such
 TINY = {"layers": 3, "heads": 2, "width": 32, "window": (70,), "window_short": (70,)}
 RECIPES = {"five-minute": ROWS, "gpt2": ROWS, "tiny": ROWS | TINY}
-PLAIN = {"value_gates": False, "x0_shortcut": False, "qk_norm": False, "attention_mix": False,
-         "softcap": (0.0, 1.0, 0.0), "window": (37,), "window_short": (9,)}
+PLAIN = {"value_gates": False, "mixing": "none", "qk_norm": False, "attention_mix": False, "xsa_layers": (),
+         "attention_source": (), "softcap": (0.0, 1.0, 0.0), "window": (37,), "window_short": (9,)}
+# Last layers: MUDD without a value table, source, bigrams; without MUDD.
+BARE = {"value_layers": (1, 4), "attention_source": (), "bigram": 0, "gated_skip": (), "unet_skips": True}
+STATIC = {"mudd": False, "mixing": "blocks", "bigram_signs": 0, "value_residual": True, "qk_heads": 0}
+CASES = [("five-minute", 0, "float64", {}), ("tiny", 0, "float64", {}), ("gpt2", 0, "float64", {}),
+         ("gpt2", 800, "float32", {}), ("gpt2", 1375, "float64", PLAIN), ("gpt2", 1000, "float64", BARE),
+         ("gpt2", 1375, "float64", STATIC), ("five-minute", 0, "bfloat16", {})]
 CLOSE = {"float64": 1e-10, "float32": 1e-4, "bfloat16": 0.1}
 
 
@@ -108,9 +114,7 @@ def own(tmp_path):
 # evals/sample.py
 
 
-@pytest.mark.parametrize("recipe, step, dtype, changes", [
-    ("five-minute", 0, "float64", {}), ("tiny", 0, "float64", {}), ("gpt2", 0, "float64", {}),
-    ("gpt2", 800, "float32", {}), ("gpt2", 1600, "float64", PLAIN)])
+@pytest.mark.parametrize("recipe, step, dtype, changes", CASES)
 def test_logits_with_cache_and_settled_weights_are_those_without(recipe, step, dtype, changes):
     model, tokens = small(recipe, dtype, **changes), document_tokens(90)
     phase = phase_at(step, model.config)
@@ -399,9 +403,7 @@ print("equal")
 
 def test_an_exported_model_gives_the_same_logits_in_a_clean_process(tmp_path):
     cases, tokens = [], document_tokens(128, BYTES[1])
-    for number, (recipe, step, dtype, changes) in enumerate((
-            ("five-minute", 0, "bfloat16", {}), ("tiny", 640, "float32", {}), ("gpt2", 0, "float64", {}),
-            ("gpt2", 800, "float32", {}), ("gpt2", 1600, "float64", PLAIN))):
+    for number, (recipe, step, dtype, changes) in enumerate(CASES):
         path, folder = tmp_path / f"{number}.pt", tmp_path / f"deep/{number}"
         checkpoint(path, recipe, step, dtype, **changes)
         export.main([str(path), "--out", str(folder)])
@@ -412,7 +414,7 @@ def test_an_exported_model_gives_the_same_logits_in_a_clean_process(tmp_path):
 
 
 def test_the_files_hold_what_they_say(tmp_path, capsys):
-    path = checkpoint(tmp_path / "model.pt", "gpt2", 0, "bfloat16", smear=False)
+    path = checkpoint(tmp_path / "model.pt", "gpt2", 0, "bfloat16", smear=False, mixing="none")
     export.main([str(path)])
     folder, output = tmp_path / "exported", capsys.readouterr().out
     assert sorted(file.name for file in folder.iterdir()) == ["config.json", "model.py", "model.safetensors"]
@@ -428,7 +430,8 @@ def test_the_files_hold_what_they_say(tmp_path, capsys):
     assert library["head"].shape == library["value_tables.2"].shape == (257, 32)  # unpadded
     assert [config[name] for name in ("vocabulary", "separator", "val_loss")] == [*BYTES, 1.25]
     has = config["techniques"].keys()
-    assert {"paired-heads", "bigrams"} <= has and has.isdisjoint(("smear", "value-residual"))
+    assert {"paired-heads", "bigrams", "mudd"} <= has
+    assert has.isdisjoint(("smear", "value-residual", "sublayer-mixing", "prefix-loss"))
     for tensors in (library, train_gpt2.load_model(path)[1]["weights"]):
         assert f"{sum(w.numel() for w in tensors.values()):,}" in output
     assert "257 to 320 rows" in output  # why the two differ

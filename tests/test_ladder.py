@@ -48,7 +48,7 @@ def test_every_rung_and_every_omission_is_valid_and_has_the_same_budget(size):
         configs[f"without {rung.name}"] = left_out = ladder.without(rung, start, end)
         for name, value in asdict(left_out).items():
             assert value == getattr(start if name in rung.fields else end, name)
-    steps = 160 if size == "tiny" else 1600
+    steps = 160 if size == "tiny" else Config.steps
     fitted, budget = ladder.equal_budgets(configs, end, steps), tokens_until(steps, replace(end, steps=steps))
     for name, config in fitted.items():
         check_config(config)
@@ -68,7 +68,7 @@ def test_tiny_keeps_each_role_and_the_ratios():
         rates = [name for name in asdict(mine) if name.startswith("adam") or name.endswith("lr")]
         assert all(getattr(mine, name) == getattr(theirs, name) for name in rates) and len(rates) > 7
     stands_for = {0: 0, 1: 0, 2: 1, 3: 1, 4: 2, 5: 2, 6: 3, 7: 4, 8: 4, 9: 4, 10: 5}
-    for name in ("attention_free", "gated_skip", "backout", "value_layers"):
+    for name in ("attention_free", "gated_skip", "attention_source", "value_layers", "xsa_layers"):
         assert getattr(tiny[1], name) == tuple(sorted({stands_for[layer] for layer in getattr(real[1], name)}))
     long = {stands_for[i] for i in range(11) if i not in real[1].short_layers}
     assert set(range(6)) - set(tiny[1].short_layers) == long
@@ -115,7 +115,7 @@ TOY = (BOTH | SIZES, OLD | {"tokens_per_step": (512,), "val_row_tokens": 512},
 
 def toy_options(folder: Path, *more) -> list[str]:
     return ["--train-files", f"{folder}/text_train_*.bin", "--val-files", f"{folder}/text_val_*.bin", "--steps", "8",
-            "--out", str(folder / "out"), "--device", "cpu", "--rungs", "paired-heads,bigrams", *more]
+            "--out", str(folder / "out"), "--device", "cpu", "--rungs", "xsa,bigram-signs", *more]
 
 
 def test_a_small_ladder_end_to_end_and_again(tmp_path, monkeypatch, capsys):
@@ -124,7 +124,7 @@ def test_a_small_ladder_end_to_end_and_again(tmp_path, monkeypatch, capsys):
     folder, out = write_corpus(tmp_path), tmp_path / "out"
     ladder.main(toy_options(folder, "--seeds", "1"))
     lines = (out / "runs.jsonl").read_text().splitlines()
-    assert [json.loads(line)["name"] for line in lines] == ["paired-heads", "bigrams"]
+    assert [json.loads(line)["name"] for line in lines] == ["xsa", "bigram-signs"]
     tokens = tokens_until(8, replace(ladder.both_ends("tiny")[1], steps=8))
     for line in map(json.loads, lines):
         assert line["tokens"] == tokens and line["steps"] == 8 and 2 < line["loss"] < 6 and line["seconds"] > 0
@@ -169,7 +169,7 @@ def test_ctrl_c_keeps_finished_runs(tmp_path):
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    (["--size", "small"], "--size"), (["--device", "gpu"], "--device"), (["--rungs", "smears,backout"], "smears"),
+    (["--size", "small"], "--size"), (["--device", "gpu"], "--device"), (["--rungs", "smears,bigrams"], "smears"),
     (["--rungs", "float8-head", "--device", "cpu"], "float8-head"), (["--steps", "0"], "--steps"),
     (["--step", "5"], "--step 5"), (["--steps", "7"], "--steps 7"), (["--train-files", "nowhere/*.bin"], "nowhere/")])
 def test_bad_input_is_one_line(options, message):
@@ -192,7 +192,7 @@ def test_runs_that_fail_are_named_and_the_others_kept(tmp_path, monkeypatch, cap
     with pytest.raises(UserError, match="2 of 4 runs failed"):
         ladder.main(toy_options(folder, "--seeds", "2"))
     printed = capsys.readouterr().out
-    assert "paired-heads, seed 0: failed: last words" in printed and "| failed |" in printed
+    assert "xsa, seed 0: failed: last words" in printed and "| failed |" in printed
     assert "2.5000 ± 0.7071" in printed
     with pytest.raises(UserError, match="three runs have failed"):
         ladder.main(toy_options(folder, "--seeds", "9"))
