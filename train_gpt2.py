@@ -1799,6 +1799,8 @@ class UserError(SystemExit):
     """Bad input, in one line: what was found, what was expected, what mends it. Exit status 1."""
 
 
+BASIC = ("preset", "train_files", "val_files", "steps", "tokens_per_step", "micro_tokens", "device",
+         "out", "save_every", "resume", "seed")
 ELSEWHERE = {  # what other trainers call a setting
     "batch_size": "tokens_per_step",
     "total_batch_size": "tokens_per_step",
@@ -1865,11 +1867,12 @@ def make_parser():
         epilog="\n".join(["techniques:", *techniques]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS, allow_abbrev=False)
-    parser.add_argument(
+    basic, others = map(parser.add_argument_group, ("basic settings", "all others"))
+    basic.add_argument(
         "--without", metavar="", default=(), type=lambda names: names.split(","),
         help="techniques to turn off, joined by commas")
     for option in fields(Config):
-        parser.add_argument(
+        (basic if option.name in BASIC else others).add_argument(
             flag(option.name), metavar="|".join(option.metadata["choices"]),
             type=partial(typed, option),
             help=f"{option.metadata['text']} ({spelled(option.default)})")
@@ -2068,18 +2071,22 @@ class RunLog(contextlib.AbstractContextManager):
         self.text, self.metrics = (
             open(folder / name, "a", 1, "utf-8", "backslashreplace")
             for name in ("log.txt", "metrics.jsonl"))
-        import fcntl
         try:
+            import fcntl
             fcntl.flock(self.text, fcntl.LOCK_EX | fcntl.LOCK_NB)  # till this process ends
+        except ImportError:  # Windows has no such locks
+            pass
         except BlockingIOError:
             raise UserError(
                 f"another process writes to {folder}; give another --out, or --resume none") from None
         if not self.text.tell():
             self.text.write(Path(__file__).read_text(encoding="utf-8") + "\n" + "=" * 100 + "\n")
-        self.folder = folder
+        self.folder, done = folder, saved["step"] if saved else 0
+        self.bar = tqdm(total=config.steps, initial=done, unit="step", disable=None)
 
     def __exit__(self, _kind, error, _trace):
         if self.folder:
+            self.bar.close()
             with contextlib.suppress(OSError), self.metrics, self.text:  # a full disk
                 if error and type(error) is not SystemExit:  # a signal has said its line
                     self.line(f"ended: {one_line(error) or repr(error)}{self.way_on()}", show=False)
@@ -2097,7 +2104,8 @@ class RunLog(contextlib.AbstractContextManager):
         self.text.write(text + "\n")
         if show:
             try:
-                print(text, flush=True)
+                tqdm.write(text)
+                sys.stdout.flush()
             except OSError:  # nobody reads any more: the run goes on
                 sys.stdout = open(os.devnull, "w")
 
@@ -2114,7 +2122,9 @@ class RunLog(contextlib.AbstractContextManager):
         if kind == "val_loss" or step % 10 == 0 or step < 10:
             self.line(
                 f"step:{step}/{self.config.steps} {kind}:{loss:.4f} train_time:{1000 * seconds:.0f}ms "
-                f"step_avg:{1000 * seconds / max(1, step):.2f}ms")
+                f"step_avg:{1000 * seconds / max(1, step):.2f}ms", kind == "val_loss" or self.bar.disable)
+        self.bar.set_postfix_str(f"{kind} {loss:.4f}")
+        self.bar.update(step - self.bar.n)
 
 
 def environment(processes):
