@@ -288,15 +288,17 @@ PRESETS = {
 }
 
 
+def turned_off(values, names):
+    """Settings without some techniques: newest first, as the newer ones build on the older."""
+    for name in sorted(names, key=[*TECHNIQUES].index, reverse=True):
+        values = values | TECHNIQUES[name].neutral
+    return values
+
+
 def preset_values(name, without=()):
     """The settings of a preset, with further techniques turned off."""
-    values = {"preset": name}
-    for technique in PRESETS[name].without:
-        values |= TECHNIQUES[technique].neutral
-    values |= PRESETS[name].values
-    for technique in without:
-        values |= TECHNIQUES[technique].neutral
-    return values
+    preset = PRESETS[name]
+    return turned_off(turned_off({"preset": name}, preset.without) | preset.values, without)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1886,11 +1888,11 @@ def parse_command_line(arguments):
         raise UserError(f"unknown option {unknown[0]}{nearest(unknown[0])}{HELP}")
     given = vars(given)
     values = base_values(given)
-    for name in given.pop("without"):
-        neutral = TECHNIQUES[name].neutral if name in TECHNIQUES else {}
-        if neutral.items() <= values.items():
+    without = given.pop("without")
+    for name in without:
+        if name not in TECHNIQUES or TECHNIQUES[name].neutral.items() <= values.items():
             raise UserError(f"--without {name}: there is no such technique in this recipe{HELP}")
-        values |= neutral
+    values = turned_off(values, without)
     if "train_files" in given:
         beside = re.sub("train(?=[^/]*$)", "val", given["train_files"])
         given.setdefault("val_files", beside)
