@@ -1800,6 +1800,9 @@ def train(config, processes):
 class UserError(SystemExit):
     """Bad input, in one line: what was found, what was expected, what mends it. Exit status 1."""
 
+    def __init__(self, line):
+        super().__init__(" ".join(line.splitlines()))
+
 
 BASIC = ("preset", "train_files", "val_files", "steps", "tokens_per_step", "micro_tokens", "device",
          "out", "save_every", "resume", "seed")
@@ -1847,8 +1850,9 @@ def typed(option, text):
             raise ValueError
     except ValueError:
         expected = " or ".join(choices) or f"{kind.__name__} from {low:g} to {high:g}"
+        expected += f", {counts[0]} to {counts[-1]} of them, joined by commas" * many
         raise argparse.ArgumentTypeError(
-            f"{text:.80} is no {expected}, such as {spelled(option.default)}") from None
+            f"found {text:.80}, expected {expected}, such as {spelled(option.default)}") from None
     return tuple(values) if many else values[0]
 
 
@@ -2220,8 +2224,8 @@ def read_checkpoint(path, wanted=None):
     options = Config.__dataclass_fields__
     try:
         saved = torch.load(path, weights_only=True, mmap=True)
-        settings = {name: typed(options[name], text) for name, text in saved["config"].items()}
-        config = Config(**settings)
+        config = Config(**{
+            name: typed(options[name], text) for name, text in saved["config"].items()})
         if texts(config) != saved["config"]:
             raise ValueError("it is of another version, whose settings are others")
         if wanted and identity(config) != identity(wanted):
@@ -2425,8 +2429,7 @@ def main(arguments=None):
         config = parse_command_line(arguments)
         train(config, start_processes(config))
     except BaseException as error:
-        line = one_line(error)
-        if line:
+        if line := one_line(error):
             if os.environ.get("RANK", "0") != "0":  # torchrun ends the job when process 0 has spoken
                 time.sleep(5)
             print(line, file=sys.stderr, flush=True)
