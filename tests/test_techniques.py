@@ -268,8 +268,10 @@ def test_states_losses_and_gradients_are_the_reference(preset, stage, tied):
         if name.endswith((".qk", ".vo", ".mlp")):
             assert (gradient.abs().amax((-2, -1)) > 0).all(), name
         else:
-            of_tokens = name in ("head", "bigram_table") or "value_tables" in name or "mudd" in name
-            assert (gradient != 0).any() and (of_tokens or (gradient != 0).all()), name
+            of_some = name in ("head", "bigram_table") or "value_tables" in name or name.endswith("mudd_in")
+            if name.endswith("mudd_out"):  # a unit of GELU may be shut, but each coefficient is used
+                gradient = gradient.abs().amax(-1)
+            assert (gradient != 0).any() and (of_some or (gradient != 0).all()), name
 
 
 @pytest.mark.parametrize("preset, name", ONE_BY_ONE)
