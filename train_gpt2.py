@@ -288,15 +288,17 @@ PRESETS = {
 }
 
 
+def turned_off(values, names):
+    """Settings without some techniques: newest first, as the newer ones build on the older."""
+    for name in sorted(names, key=[*TECHNIQUES].index, reverse=True):
+        values = values | TECHNIQUES[name].neutral
+    return values
+
+
 def preset_values(name, without=()):
     """The settings of a preset, with further techniques turned off."""
-    values = {"preset": name}
-    for technique in PRESETS[name].without:
-        values |= TECHNIQUES[technique].neutral
-    values |= PRESETS[name].values
-    for technique in without:
-        values |= TECHNIQUES[technique].neutral
-    return values
+    preset = PRESETS[name]
+    return turned_off(turned_off({"preset": name}, preset.without) | preset.values, without)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -850,8 +852,10 @@ def parameter(*shape, dtype, first=0.0, used=True):
     return nn.Parameter(torch.full(shape, first, dtype=dtype)) if used else None
 
 
-def draw_uniform(tensor, bound, generator):
-    tensor.data.copy_(torch.empty(tensor.shape).uniform_(-bound, bound, generator=generator))
+def uniform(*shape, spread, draw):
+    """float32, of standard deviation `spread` / sqrt(D), from the generator `draw`."""
+    bound = spread * (3 / shape[-1]) ** 0.5
+    return torch.empty(shape).uniform_(-bound, bound, generator=draw) if spread else torch.zeros(shape)
 
 
 def compiled_if(compiled, function):
@@ -861,10 +865,11 @@ def compiled_if(compiled, function):
 class Mudd(nn.Module):
     """Weights that depend on the token (MUDDFormer, #81), computed from the stream."""
 
-    def __init__(self, values, config, dtype):
+    def __init__(self, values, config, dtype, draw):
         """values: of the weights, at first, for every token."""
         super().__init__()
-        self.mudd_in = parameter(MUDD_WIDTH, config.width, dtype=dtype)
+        first = uniform(MUDD_WIDTH, config.width, spread=3**-0.5, draw=draw)
+        self.mudd_in = nn.Parameter(first.to(dtype))
         self.mudd_out = parameter(len(values), MUDD_WIDTH, dtype=dtype)
         self.mudd_bias = nn.Parameter((10 * torch.tensor(values, dtype=torch.float64)).to(dtype))
 
@@ -913,10 +918,10 @@ class Entrance(nn.Module):
 class Exit(nn.Module):
     """From the stream to the head."""
 
-    def __init__(self, config, dtype):
+    def __init__(self, config, dtype, draw):
         super().__init__()
         self.epsilon = config.rms_epsilon
-        self.mudd = Mudd((0.0, -0.5, 0.0, 0.0, 0.0), config, dtype) if config.mudd else None
+        self.mudd = Mudd((0.0, -0.5, 0.0, 0.0, 0.0), config, dtype, draw) if config.mudd else None
 
     def forward(self, x, streams):
         """(R, T, D), and as many streams as MUDD weighs, or None for one that there is not."""
@@ -938,27 +943,31 @@ class Shared(NamedTuple):
 class Block(nn.Module):
     """Attention and MLP. It does not keep its number, so that layers share compiled graphs."""
 
-    def __init__(self, layer, config, dtype):
+    def __init__(self, layer, config, dtype, draw):
         super().__init__()
         self.heads, self.qk_norm, self.epsilon = config.heads, config.qk_norm, config.rms_epsilon
         self.attends, self.paired = layer not in config.attention_free, layer in config.paired_layers
         self.short, (channels, self.turning) = layer in config.short_layers, head_channels(config)
         self.key_offset = config.key_offset and not (self.short or self.paired)
-        width, matrix = config.width, dtype if config.split_precision else wide(dtype)
-        scalar, gate_size = partial(parameter, dtype=wide(dtype)), min(GATE_CHANNELS, width)
-        # Queries and keys of some heads at a time, which Muon orthogonalises together (#80).
-        together = math.gcd(config.heads, config.qk_heads)
-        self.qk = parameter(2 * config.heads // together, together * channels, width, dtype=matrix,
-                            used=self.attends)
-        self.vo = parameter(2, width, width, dtype=matrix, used=self.attends)  # value, output
-        self.mlp = parameter(2, MLP_RATIO * width, width, dtype=matrix)  # up, down transposed
+        scalar, gate_size = partial(parameter, dtype=wide(dtype)), min(GATE_CHANNELS, config.width)
+
+        def matrices(number, rows, *spreads):
+            drawn = [uniform(number, rows, config.width, spread=spread, draw=draw) for spread in spreads]
+            return nn.Parameter(torch.cat(drawn).to(dtype if config.split_precision else wide(dtype)))
+
+        self.qk = self.vo = None
+        if self.attends:  # queries and keys of some heads at a time, as Muon orthogonalises them (#80)
+            together = math.gcd(config.heads, config.qk_heads)
+            self.qk = matrices(2 * config.heads // together, together * channels, config.attention_init)
+            self.vo = matrices(1, config.width, config.attention_init, config.output_init)  # value, output
+        self.mlp = matrices(1, MLP_RATIO * config.width, config.mlp_init, 0.0)  # up, down transposed
         # Weights of the stream, by sublayer or once, and of what a sublayer adds to it.
         dynamic, first = config.mudd and layer == config.layers - 1, config.residual_init
         each = [1 + self.attends] if config.mixing == "sublayers" else []
         self.residual = scalar(*each, first=first, used=not dynamic and config.mixing != "none")
         self.output = scalar(*each, first=1.0, used=not dynamic and each != [])
         self.mudd = Mudd((0.0,) * 6 + (2.0, 2.0, first, 1.0, 0.0, BIGRAM_INIT, first, 1.0),
-                         config, dtype) if dynamic else None
+                         config, dtype, draw) if dynamic else None
         skipped = skip_sources(config).get(layer) is not None
         self.skip_mix = scalar(first=-1.5 if config.gated_skip else 1.0, used=skipped)
         self.skip_gate = scalar(gate_size, used=skipped and config.gated_skip != ())
@@ -1068,32 +1077,20 @@ class GPT(nn.Module):
         self.run_block, self.quantised, self.chunk_losses, self.chunk_gradient = (
             compiled_if(compiled, part) for part in (run_block, quantised, chunk_losses, chunk_gradient))
         padded, width, tied = -(-vocabulary // 64) * 64, config.width, config.tied_until > 0
-        scalar, rows = partial(parameter, dtype=wide(self.dtype)), partial(parameter, dtype=self.dtype)
         draw = torch.Generator().manual_seed(config.seed)
         table = torch.randn(padded, width, generator=draw) * (EMBEDDING_INIT if tied else 1)
         self.embedding = nn.Parameter(table.to(self.dtype))
         self.head = nn.Parameter(table.to(self.dtype, copy=True) if tied
                                  else torch.zeros(padded, width, dtype=wide(self.dtype)))
-        self.blocks = nn.ModuleList(Block(i, config, self.dtype) for i in range(config.layers))
-        for block in self.blocks:
-            drawn = [(block.mlp[0], config.mlp_init)]
-            if block.attends:
-                drawn = [(block.qk, config.attention_init), (block.vo[0], config.attention_init),
-                         (block.vo[1], config.output_init), *drawn]
-            for matrices, spread in drawn:
-                if spread:
-                    draw_uniform(matrices, spread * (3 / width) ** 0.5, draw)
+        self.blocks = nn.ModuleList(Block(i, config, self.dtype, draw) for i in range(config.layers))
         self.table_of = {layer: i for i, layer in enumerate(sorted(set(config.value_layers)))}
-        self.value_tables = nn.ParameterList(rows(padded, width) for _ in self.table_of)
-        for table in self.value_tables:
-            table.data.copy_(VALUE_INIT * torch.randn(table.shape, generator=draw))
+        self.value_tables = nn.ParameterList(
+            (VALUE_INIT * torch.randn(padded, width, generator=draw)).to(self.dtype) for _ in self.table_of)
         channels = min(config.bigram_width, width)
-        self.bigram_table = rows(config.bigram * padded, channels, used=config.bigram > 0)
+        self.bigram_table = parameter(config.bigram * padded, channels, dtype=self.dtype, used=config.bigram > 0)
         signs = torch.rand(config.bigram_signs, channels, generator=draw).sub(0.5).sign().to(self.dtype)
         self.register_buffer("signs", signs if config.bigram_signs * config.bigram else None)
-        self.entrance, self.exit = Entrance(config, self.dtype), Exit(config, self.dtype)
-        for part in (self.blocks[-1].mudd, self.exit.mudd) if config.mudd else ():
-            draw_uniform(part.mudd_in, width**-0.5, draw)
+        self.entrance, self.exit = Entrance(config, self.dtype), Exit(config, self.dtype, draw)
         frequencies, scales = zip(*(yarn(stage, config) for stage in range(STAGES + 1)), strict=True)
         self.register_buffer("frequencies", torch.stack(frequencies), persistent=False)
         scales = torch.tensor(scales, dtype=wide(self.dtype))
@@ -1803,22 +1800,27 @@ def train(config, processes):
 class UserError(SystemExit):
     """Bad input, in one line: what was found, what was expected, what mends it. Exit status 1."""
 
-    def __init__(self, line):
-        super().__init__(" ".join(line.splitlines()))
-
 
 BASIC = ("preset", "train_files", "val_files", "steps", "tokens_per_step", "micro_tokens", "device",
          "out", "save_every", "resume", "seed")
 ELSEWHERE = {  # what other trainers call a setting
-    "batch-size": "--tokens-per-step", "total-batch-size": "--tokens-per-step",
-    "device-batch-size": "--micro-tokens", "gradient-accumulation-steps": "--micro-tokens",
-    "block-size": "--row-tokens", "seq-len": "--row-tokens", "sequence-length": "--row-tokens",
-    "max-iters": "--steps", "num-iterations": "--steps", "num-steps": "--steps", "epochs": "--steps",
-    "lr": "--muon-lr", "learning-rate": "--muon-lr", "weight-decay": "--muon-decay",
-    "warmup-iters": "--momentum-warmup", "n-layer": "--layers", "n-head": "--heads",
-    "n-embd": "--width", "eval-interval": "--val-every", "out-dir": "--out",
-    "dataset": "--train-files", "init-from": "--resume", "config": "--preset"}
-HELP = " (python train_gpt2.py --help lists all settings)"
+    "batch_size": "tokens_per_step",
+    "total_batch_size": "tokens_per_step",
+    "device_batch_size": "micro_tokens",
+    "block_size": "row_tokens",
+    "seq_len": "row_tokens",
+    "sequence_length": "row_tokens",
+    "max_iters": "steps",
+    "num_iterations": "steps",
+    "lr": "muon_lr",
+    "learning_rate": "muon_lr",
+    "n_layer": "layers",
+    "n_head": "heads",
+    "n_embd": "width",
+    "eval_interval": "val_every",
+    "out_dir": "out",
+    "dataset": "train_files"}
+HELP = "; python train_gpt2.py --help lists all settings"
 
 
 def flag(name):
@@ -1833,98 +1835,103 @@ def spelled(value):
 
 
 def typed(option, text):
-    """A text as the value of a setting, of its type and within its bounds. Raises ArgumentTypeError."""
-    kind, many, counts, low, high, choices = (
-        option.metadata[name] for name in ("kind", "many", "counts", "low", "high", "choices"))
-    number, words = kind in (int, float), text.split(",") if many else [text]
+    """A text as the value of a setting, within its bounds. Raises ArgumentTypeError."""
+    _, kind, many, counts, low, high, choices = option.metadata.values()
+    words = text.split(",") if many else [text]
+    if many and text == "none":
+        words = []
     try:
-        values = [text == "true" if kind is bool else kind(word) for word in words if (word, many) != ("none", True)]
-        fits = not number or all(low <= value <= high for value in values)
-        if not fits or many and len(values) not in counts or choices and text not in choices:
+        values = [word == "true" if kind is bool else kind(word) for word in words]
+        bounded = kind is str or all(low <= value <= high for value in values)
+        if not bounded or len(values) not in counts or choices and text not in choices:
             raise ValueError
     except ValueError:
-        what = f"{'whole ' * (kind is int)}number" if number else " or ".join(choices)
-        if many:
-            count = f"{counts[0]} to {counts[-1]}" if counts[0] < counts[-1] else counts[0]
-            what = f"{count} {what}s joined by commas, each"
-        bounds = (f" from {low:g}" + f" to {high:g}" * (high < 1e18)) * number
-        raise argparse.ArgumentTypeError(f"is {text:.80}, expected {what}{bounds}") from None
+        expected = " or ".join(choices) or f"{kind.__name__} from {low:g} to {high:g}"
+        raise argparse.ArgumentTypeError(
+            f"{text:.80} is no {expected}, such as {spelled(option.default)}") from None
     return tuple(values) if many else values[0]
 
 
 def texts(config):
-    return {option.name: spelled(getattr(config, option.name)) for option in fields(Config)}
+    return {name: spelled(value) for name, value in vars(config).items()}
 
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
-        raise UserError(message.removeprefix("argument ").replace(": is ", " is ") + HELP)
+        raise UserError(message + HELP)
 
 
 def make_parser():
     techniques = [f"  {name:18} {t.reason} ({t.records})" for name, t in TECHNIQUES.items()]
-    parser = Parser(usage="python train_gpt2.py [--preset NAME] [--SETTING VALUE] ...",
-                    description=__doc__.split("\n\nPart I")[0], allow_abbrev=False,
-                    argument_default=argparse.SUPPRESS, epilog="\n".join(["techniques:", *techniques]),
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
-    basic, recipe, run = map(parser.add_argument_group, ("basic settings", "recipe", "run"))
+    parser = Parser(
+        usage="python train_gpt2.py [--preset NAME] [--SETTING VALUE] ...",
+        description=__doc__.split("\n\nPart I")[0],
+        epilog="\n".join(["techniques:", *techniques]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    basic, others = map(parser.add_argument_group, ("basic settings", "all others"))
+    basic.add_argument(
+        "--without", metavar="", default=(), type=lambda names: names.split(","),
+        help="techniques to turn off, joined by commas")
     for option in fields(Config):
-        group = basic if option.name in BASIC else recipe if option in fields(Recipe) else run
-        choices = f", {' or '.join(option.metadata['choices'])}" * bool(option.metadata["choices"])
-        text = f"{option.metadata['text']}{choices} ({spelled(option.default)})".replace("%", "%%")
-        group.add_argument(flag(option.name), metavar="", type=partial(typed, option), help=text)
-    basic.add_argument("--without", metavar="", default="", help="techniques to turn off, joined by commas")
+        (basic if option.name in BASIC else others).add_argument(
+            flag(option.name), metavar="|".join(option.metadata["choices"]),
+            type=partial(typed, option),
+            help=f"{option.metadata['text']} ({spelled(option.default)})")
     return parser
 
 
 def parse_command_line(arguments):
     """`--any-setting VALUE` on top of a preset, or of a checkpoint's settings. Raises UserError."""
-    words = [re.sub(r"^--[\w-]+", lambda found: flag(found[0][2:]), word) for word in arguments]
-    given, unknown = make_parser().parse_known_args(words)
-    given, known = vars(given), [flag(option.name) for option in fields(Config)]
+    given, unknown = make_parser().parse_known_args(arguments)
     if unknown:
-        name = unknown[0].partition("=")[0]
-        near = ELSEWHERE.get(name[2:]) or "".join(difflib.get_close_matches(name, known, 1, 0.8))
-        raise UserError(f"unknown option {unknown[0]}" + f"; is {near} meant?" * bool(near) + HELP)
-    preset, without = given.get("preset", "gpt2"), given.pop("without")
+        raise UserError(f"unknown option {unknown[0]}{nearest(unknown[0])}{HELP}")
+    given = vars(given)
+    values = base_values(given)
+    without = given.pop("without")
+    for name in without:
+        if name not in TECHNIQUES or TECHNIQUES[name].neutral.items() <= values.items():
+            raise UserError(f"--without {name}: there is no such technique in this recipe{HELP}")
+    values = turned_off(values, without)
+    if "train_files" in given:
+        beside = re.sub("train(?=[^/]*$)", "val", given["train_files"])
+        given.setdefault("val_files", beside)
+    return check_config(Config(**values | given))
+
+
+def nearest(word):
+    """What an unknown option may mean, for its message."""
+    name = word.partition("=")[0].strip("-").replace("-", "_")
+    for near in difflib.get_close_matches(name, [*ELSEWHERE, *vars(Config())], 1, 0.8):
+        return f"; is {flag(ELSEWHERE.get(near, near))} meant?"
+    return ""
+
+
+def base_values(given):
+    """The settings below those given: of a preset, or of the checkpoint that --resume names."""
+    preset, resume = given.get("preset", "gpt2"), given.get("resume", "none")
+    if resume not in ("none", "auto"):
+        saved = newest(Path(resume))
+        given["resume"] = saved["path"]
+        return asdict(saved["config"]) | {"out": str(Path(saved["path"]).parent.parent)}
     if preset not in PRESETS:
         raise UserError(f"--preset {preset} is none of {', '.join(PRESETS)}")
-    values = asdict(Config(**preset_values(preset)))
-    had = [name for name, technique in TECHNIQUES.items()
-           if not technique.neutral.items() <= values.items()]
-    without = without.split(",") if without else []
-    for name in without:
-        if name not in had:
-            raise UserError(f"--without {name}: {preset} has {', '.join(had)}")
-    values = preset_values(preset, without)
-    if given.get("resume", "none") not in ("none", "auto"):
-        saved = read_newest([Path(given["resume"])], verify=False)
-        values = asdict(config_of(saved)) | {"out": str(Path(saved["path"]).parent.parent)}
-        if without:
-            raise UserError(f"--without does not go with --resume {given['resume']}, which has its own recipe")
-    elif "train_files" in given and "val_files" not in given:
-        folder, name = os.path.split(given["train_files"])
-        if "train" not in name:
-            raise UserError(f"--train-files {given['train_files']} needs --val-files beside it")
-        given["val_files"] = os.path.join(folder, name.replace("train", "val"))
-    return check_config(Config(**values | given))
+    return asdict(Config(**preset_values(preset)))
 
 
 def check_config(config):
     """Returns it. Raises UserError for settings that cannot work together."""
-    stages, skip = range(STAGES + 1), config.gated_skip
-    rows = [value_at(config.row_tokens, stage) for stage in stages]
-    batches = [value_at(config.tokens_per_step, stage) for stage in stages]
-    windows = [(value_at(config.window_short, s), value_at(config.window, s)) for s in stages]
+    rows, batches = (
+        np.array([value_at(values, stage) for stage in range(STAGES + 1)])
+        for values in (config.row_tokens, config.tokens_per_step))
+    skip = config.gated_skip
+    channels, turning = head_channels(config)
     rules = [  # setting, whether it is wrong, what it must be
         ("width", config.width % (2 * config.heads), f"a multiple of twice --heads {config.heads}"),
         ("heads", config.paired_layers and config.heads % 2, "even, for --paired-layers"),
-        ("row_tokens", any(row % MASK_BLOCK for row in rows), f"multiples of {MASK_BLOCK}"),
+        ("row_tokens", any(rows % MASK_BLOCK), f"multiples of {MASK_BLOCK}"),
         ("val_row_tokens", config.val_row_tokens % MASK_BLOCK, f"a multiple of {MASK_BLOCK}"),
-        ("tokens_per_step", any(batch % row for batch, row in zip(batches, rows, strict=True)),
-         f"multiples of --row-tokens {spelled(config.row_tokens)}"),
-        ("window_short", config.short_layers and any(short > long for short, long in windows),
-         f"at most --window {spelled(config.window)}"),
+        ("tokens_per_step", any(batches % rows), f"multiples of --row-tokens {rows}"),
         ("gated_skip", skip and (len(skip) != 2 or skip[0] >= skip[1]), "FROM,TO with FROM before TO"),
         ("gated_skip", skip and config.unet_skips, "none, with --unet-skips true"),
         ("attention_free", config.value_residual and 0 in config.attention_free,
@@ -1932,12 +1939,12 @@ def check_config(config):
         ("attention_source", len(config.attention_source) > 1, "one layer or none"),
         ("attention_free", config.mudd and config.layers - 1 in config.attention_free,
          "without the last layer, for --mudd true"),
-        ("rotary_share", head_channels(config)[1] and head_channels(config)[0] % head_channels(config)[1],
-         "such that turning channels divide a head's"),
-        ("softcap", config.softcap[0] and config.softcap[1] <= 0, "of a range above 0")]
+        ("rotary_share", turning and channels % turning, "of channels that divide a head's"),
+        ("softcap", config.softcap[0] and config.softcap[1] <= 0, "of a range above 0"),
+        ("val_files", config.val_files == config.train_files, "other shards than --train-files")]
     for name in ("short_layers", "paired_layers", "attention_free", "value_layers", "xsa_layers",
                  "gated_skip", "attention_source"):
-        wrong = any(layer >= config.layers for layer in getattr(config, name))
+        wrong = max(getattr(config, name), default=0) >= config.layers
         rules.append((name, wrong, f"below --layers {config.layers}"))
     for name in ("value_layers", "xsa_layers"):
         wrong = {*getattr(config, name)} & {*config.attention_free}
@@ -1967,9 +1974,9 @@ class Processes(NamedTuple):
             torch.cuda.synchronize(self.device)
 
     def barrier(self):
-        """Wait for every process, for an hour at most: one may be compiling or writing."""
+        """Wait for every process, half an hour at most: one may be compiling or writing."""
         if self.world > 1:
-            dist.monitored_barrier(self.host, timedelta(hours=1))
+            dist.monitored_barrier(self.host)
 
     def all_gather(self, value):
         """The plain value of each process."""
@@ -1979,67 +1986,70 @@ class Processes(NamedTuple):
         return values
 
     def check_agreement(self, facts):
-        """Raises UserError, on every process, where one has other facts than process 0."""
+        """Raises UserError, on every process, where one has other facts than this one."""
         for rank, other in enumerate(self.all_gather(facts)):
-            for name, fact in facts.items():
-                if other[name] != fact:
-                    raise UserError(f"process {rank} has another {name} than process {self.rank}: "
-                                    f"{other[name]!s:.80}, not {fact!s:.80}; start all with the same files, "
-                                    "software and options")
+            for name in facts:
+                if other[name] != facts[name]:
+                    raise UserError(
+                        f"process {rank} has another {name} than process {self.rank}: "
+                        f"{other[name]!s:.80}, not {facts[name]!s:.80}; start all with the same files, "
+                        "software and options")
 
 
 def start_processes(config):
     """Join the others where torchrun started several processes. Raises UserError."""
     device, host, environ = torch.device("cpu"), None, os.environ
     try:
-        rank, world, local = (int(environ.get(*pair)) for pair in
-                              (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")))
+        rank, world = int(environ.get("RANK", "0")), int(environ.get("WORLD_SIZE", "1"))
         if not 0 <= rank < world:
-            raise ValueError("RANK is not below WORLD_SIZE")
-        has_gpu = torch.cuda.is_available() or os.path.exists("/dev/nvidia0")
-        if config.device == "cuda" or config.device == "auto" and has_gpu:
-            torch.cuda.init()
-            device = torch.device("cuda", local)
+            raise ValueError(f"RANK {rank} is not below WORLD_SIZE {world}")
+        if config.device == "cuda" or config.device == "auto" and torch.cuda.is_available():
+            device = torch.device("cuda", int(environ.get("LOCAL_RANK", "0")))
             torch.cuda.set_device(device)
         if world > 1:
             on_gpu = device.type == "cuda"
-            dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None,
-                                    timeout=timedelta(seconds=config.timeout))
-            host = dist.new_group(backend="gloo", timeout=timedelta(hours=1))
-    except (ValueError, RuntimeError, AssertionError) as error:
-        names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-        found = ", ".join(f"{name}={environ[name]}" for name in names if name in environ)
-        raise UserError(f"this process ({found or 'alone'}) cannot start with torch {torch.__version__} and "
-                        f"{torch.cuda.device_count()} GPUs: {error!s:.200}; start several by torchrun, one "
-                        "for each GPU; without a GPU give --device cpu") from None
-    torch.empty(31 * 2**20, dtype=torch.uint8)  # freed at once: glibc keeps smaller blocks from now on
+            dist.init_process_group(
+                "nccl" if on_gpu else "gloo", device_id=device if on_gpu else None,
+                timeout=timedelta(seconds=config.timeout))
+            host = dist.new_group(backend="gloo")
+    except Exception as error:  # of numbers, of CUDA, of the connection
+        raise UserError(
+            "this process cannot start by RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT and "
+            f"{torch.cuda.device_count()} GPUs: {error!r:.300}; start several by torchrun, one for "
+            "each GPU; without a GPU give --device cpu") from None
+    torch.empty(31 * 2**20, dtype=torch.uint8)  # freed: glibc keeps smaller blocks from now on
     return Processes(rank, world, device, host)
 
 
 def for_device(config, processes):
     """The config with its dtype, whether the head's products are in float8 in training, whether the
     model is compiled. Raises UserError for what this device or so many processes cannot do."""
-    device, chunk = processes.device, config.loss_chunk
-    on_gpu, fast = device.type == "cuda", torch.cpu._is_avx512_bf16_supported()
+    on_gpu = processes.device.type == "cuda"
     if on_gpu:
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast = torch.cpu._is_avx512_bf16_supported()
     if config.dtype == "auto":
         config = replace(config, dtype="bfloat16" if fast else "float32")
-    fits = config.dtype == "bfloat16" and config.width % 16 == chunk % 16 == 0
-    has_float8 = on_gpu and torch.cuda.get_device_capability(device) >= (8, 9)
-    compiled, channels = on_gpu and config.compile == "auto", config.width // config.heads
-    if config.head_dtype == "float8" and not (fits and has_float8 >= on_gpu):
-        raise UserError("--head-dtype float8 takes a GPU that has it, --dtype bfloat16, --width and "
-                        "--loss-chunk in multiples of 16; or give --head-dtype wide")
-    if compiled and (channels < 16 or config.dtype == "float64"):
-        raise UserError(f"heads of {channels} channels in {config.dtype} do not compile, only of 16 or more "
-                        "in bfloat16 or float32; or give --compile none")
-    rows = math.gcd(*(value_at(config.tokens_per_step, stage) // value_at(config.row_tokens, stage)
-                      for stage in range(STAGES + 1)))
-    if rows % processes.world:
-        raise UserError(f"{processes.world} processes cannot share the rows of every step; start as many as "
-                        f"divide {rows}, or give other --tokens-per-step")
-    return config, config.head_dtype == "float8" or config.head_dtype == "auto" and has_float8 and fits, compiled
+
+    has_float8 = on_gpu and torch.cuda.get_device_capability() >= (8, 9)
+    fits = config.dtype == "bfloat16" and config.width % 16 == config.loss_chunk % 16 == 0
+    float8 = config.head_dtype == "float8"
+    if float8 and not (fits and has_float8 >= on_gpu):  # a CPU can, exactly and slowly
+        raise UserError(
+            "--head-dtype float8 takes a GPU that has it, --dtype bfloat16, --width and "
+            "--loss-chunk in multiples of 16; or give --head-dtype wide")
+
+    compiled = on_gpu and config.compile == "auto" and config.dtype != "float64"
+    compiled = compiled and config.width // config.heads >= 16  # narrower heads do not compile
+
+    for stage in range(STAGES + 1):
+        rows = value_at(config.tokens_per_step, stage) // value_at(config.row_tokens, stage)
+        if rows % processes.world:
+            raise UserError(
+                f"{processes.world} processes cannot share the {rows} rows of a step; start as many "
+                "as divide them, or give other --tokens-per-step")
+    return config, float8 or config.head_dtype == "auto" and has_float8 and fits, compiled
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2056,43 +2066,38 @@ class RunLog(contextlib.AbstractContextManager):
         self.config, self.folder, self.checkpoint = config, None, saved and Path(saved["path"])
         if processes.rank > 0:
             return
-        folder = Path(config.out) / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
-        if saved and self.checkpoint.parent.parent.resolve() == Path(config.out).resolve():
+        folder = Path(config.out, time.strftime("%Y%m%d-%H%M%S-") + secrets.token_hex(2))
+        if saved and self.checkpoint.parent.parent == folder.parent:
             folder = self.checkpoint.parent
-        folder.mkdir(parents=True, exist_ok=bool(saved))
-        self.text, self.metrics = (open(folder / name, "a", 1, "utf-8", "backslashreplace")
-                                   for name in ("log.txt", "metrics.jsonl"))
+        folder.mkdir(parents=True, exist_ok=True)
+        self.text, self.metrics = (
+            open(folder / name, "a", 1, "utf-8", "backslashreplace")
+            for name in ("log.txt", "metrics.jsonl"))
         try:
             import fcntl
             fcntl.flock(self.text, fcntl.LOCK_EX | fcntl.LOCK_NB)  # till this process ends
         except ImportError:  # Windows has no such locks
             pass
         except BlockingIOError:
-            raise UserError(f"another process writes to {folder}; give another --out, or --resume none") from None
+            raise UserError(
+                f"another process writes to {folder}; give another --out, or --resume none") from None
         if not self.text.tell():
             self.text.write(Path(__file__).read_text(encoding="utf-8") + "\n" + "=" * 100 + "\n")
-        for unfinished in folder.glob("*.partial"):  # of a run that was killed while writing
-            unfinished.unlink()
         self.folder, done = folder, saved["step"] if saved else 0
-        self.bar = tqdm(total=config.steps, initial=done, unit="step", dynamic_ncols=True, disable=None)
+        self.bar = tqdm(total=config.steps, initial=done, unit="step", disable=None)
 
     def __exit__(self, _kind, error, _trace):
-        if self.folder is None:
-            return
-        if error is not None and not isinstance(getattr(error, "code", None), int):  # signals have a line
-            with contextlib.suppress(OSError):
-                self.line(f"ended: {one_line(error) or repr(error)}{self.way_on()}", show=False)
-        for part in (self.bar, self.text, self.metrics):
-            with contextlib.suppress(OSError):
-                part.close()
+        if self.folder:
+            self.bar.close()
+            with contextlib.suppress(OSError), self.metrics, self.text:  # a full disk
+                if error and type(error) is not SystemExit:  # a signal has said its line
+                    self.line(f"ended: {one_line(error) or repr(error)}{self.way_on()}", show=False)
 
     def way_on(self):
         """The end of a line that says why a run ended."""
-        if self.folder is None:
-            return ""
-        if self.checkpoint is None:
-            return "; there is no checkpoint (--save-every N makes them)"
-        return f"; go on with --resume {shlex.quote(str(self.checkpoint))}"
+        if self.folder and self.checkpoint:
+            return f"; go on with --resume {shlex.quote(str(self.checkpoint))}"
+        return ""
 
     def line(self, text, show=True):
         """To log.txt, and to the screen."""
@@ -2110,44 +2115,46 @@ class RunLog(contextlib.AbstractContextManager):
         """An object in metrics.jsonl, and a line as speedrun logs have it, after `step` updates."""
         if self.folder is None:
             return
-        tokens, (kind, loss) = tokens_until(step, self.config), next(iter(losses.items()))
-        record = {"step": step, "tokens": tokens, **losses, "train_time_s": round(seconds, 6)}
-        self.metrics.write(json.dumps(record) + "\n")
+        self.metrics.write(json.dumps({
+            "step": step,
+            "tokens": tokens_until(step, self.config),
+            **losses,
+            "train_time_s": round(seconds, 6)}) + "\n")
+        (kind, loss), *_ = losses.items()
         if kind == "val_loss" or step % 10 == 0 or step < 10:
-            self.line(f"step:{step}/{self.config.steps} {kind}:{loss:.4f} train_time:{1000 * seconds:.0f}ms "
-                      f"step_avg:{1000 * seconds / max(1, step):.2f}ms", kind == "val_loss" or self.bar.disable)
-        self.bar.set_postfix_str(f"{kind} {loss:.4f}, {tokens / max(seconds, 1e-9):,.0f} tokens/s")
+            self.line(
+                f"step:{step}/{self.config.steps} {kind}:{loss:.4f} train_time:{1000 * seconds:.0f}ms "
+                f"step_avg:{1000 * seconds / max(1, step):.2f}ms", kind == "val_loss" or self.bar.disable)
+        self.bar.set_postfix_str(f"{kind} {loss:.4f}")
         self.bar.update(step - self.bar.n)
 
 
 def environment(processes):
     """Versions and hardware, for the log."""
-    text = (f"python {platform.python_version()}, torch {torch.__version__}, CUDA {torch.version.cuda}, "
-            f"{platform.platform()}, {processes.world} process(es), {os.cpu_count()} cores, "
-            f"{torch.get_num_threads()} threads, avx512_bf16 {torch.cpu._is_avx512_bf16_supported()}")
-    if processes.rank == 0 and processes.device.type == "cuda" and shutil.which("nvidia-smi"):
-        text += "\n" + subprocess.run(["nvidia-smi"], capture_output=True, text=True).stdout
+    text = (
+        f"python {platform.python_version()}, torch {torch.__version__}, CUDA {torch.version.cuda}, "
+        f"{platform.platform()}, {processes.world} process(es), {os.cpu_count()} cores, "
+        f"{torch.get_num_threads()} threads")
+    if processes.rank == 0 and processes.device.type == "cuda":
+        text += "\n" + subprocess.getoutput("nvidia-smi")
     return text
 
 
 def peak_memory(processes):
     """Most memory of this process so far, in MiB: allocated on the GPU, or resident on the CPU."""
     if processes.device.type == "cuda":
-        return round(torch.cuda.max_memory_allocated(processes.device) / 2**20, 1)
-    if sys.platform == "win32":
-        return 0.0
+        return torch.cuda.max_memory_allocated(processes.device) / 2**20
     import resource
-    unit = 2**20 if sys.platform == "darwin" else 2**10
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 1)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
 # --------------------------------------------------------------------------------------------------
-# Checkpoints: written atomically, and read with suspicion.
+# Checkpoints. Written whole or not at all; read, compared with the run, and put back.
 
 
 def save(path, saved):
     """The file bears its name once it is whole and on the disk."""
-    unfinished = path.with_suffix(f".{os.getpid()}.partial")
+    unfinished = path.with_suffix(".partial")
     try:
         with open(unfinished, "wb") as file:
             torch.save(saved, file)
@@ -2160,48 +2167,45 @@ def save(path, saved):
 
 def check_disk(config, groups, processes):
     """Raises UserError where --out has no room for the checkpoints and the model."""
-    size = sum(group.weights.nbytes + processes.world * sum(buffer.nbytes for buffer in group.state)
-               for group in groups.values())
+    size = 12 * sum(group.weights.numel() for group in groups.values())  # bytes, about
     needed = size * (config.keep + 1 if config.save_every else 1)
-    free = shutil.disk_usage(config.out).free if processes.rank == 0 else needed
-    if free < needed:
-        raise UserError(f"{config.out} has {free / 2**30:.1f} GiB free, checkpoints take up to "
-                        f"{needed / 2**30:.1f}; make room, or give another --out")
+    if processes.rank == 0 and shutil.disk_usage(config.out).free < needed:
+        raise UserError(
+            f"{config.out} has no room for {needed / 2**30:.1f} GiB of checkpoints; "
+            "make room, or give another --out")
 
 
 def save_somewhere(log, saved):
-    """The model of a finished run: where its folder has no room, in another place."""
-    for folder in (log.folder, Path.cwd(), Path(tempfile.gettempdir())):
-        path = folder / ("model.pt" if folder == log.folder else f"{log.folder.name}.pt")
-        try:
-            save(path, saved)
-            return log.line(f"the model is {path}")
-        except (OSError, RuntimeError) as error:
-            log.line(f"cannot write {path}: {one_line(error)}")
-    raise UserError(f"the model could not be written anywhere{log.way_on()}")
+    """The model of a finished run: where its folder has no room, among temporary files."""
+    try:
+        save(log.folder / "model.pt", saved)
+    except (OSError, RuntimeError) as error:
+        path = Path(tempfile.gettempdir(), f"{log.folder.name}.pt")
+        log.line(f"{one_line(error)}; the model goes to {path}")
+        save(path, saved)
 
 
 def contents(model, data, progress):
     """Weights and plain values, for torch.load(weights_only=True)."""
-    weights = {name: tensor.to("cpu", copy=True) for name, tensor in model.state_dict().items()}
-    return {"config": texts(model.config), "vocabulary": data.train.vocabulary, "weights": weights,
-            "separator": data.train.separator, "shards": data.fingerprints, **progress._asdict()}
+    return {
+        "config": texts(model.config),
+        "weights": {name: weight.cpu() for name, weight in model.state_dict().items()},
+        "vocabulary": data.train.vocabulary,
+        "separator": data.train.separator,
+        "shards": data.fingerprints,
+        **progress._asdict()}
 
 
 def save_checkpoint(log, model, groups, data, processes, progress):
     """All that the run needs to go on with any number of processes. The newest are kept."""
-    state = {}
-    for group in groups.values():
-        for number, buffer in enumerate(group.state):
-            whole = group.whole(buffer)
-            if log.folder:
-                state[f"{group.name}.{number}"] = whole.to("cpu", copy=True)
+    state = {
+        name: [group.whole(buffer).cpu() for buffer in group.state]
+        for name, group in groups.items()}
     if log.folder:
-        path = log.folder / f"checkpoint_{progress.step:07}.pt"
-        save(path, contents(model, data, progress) | {"state": state})
-        log.checkpoint = path
+        log.checkpoint = log.folder / f"checkpoint_{progress.step:07}.pt"
+        save(log.checkpoint, contents(model, data, progress) | {"state": state})
         for older in checkpoints(log.folder)[:-model.config.keep]:
-            older.unlink(missing_ok=True)
+            older.unlink()
     processes.barrier()
 
 
@@ -2210,136 +2214,89 @@ def checkpoints(folder):
     return sorted(folder.glob("checkpoint_*.pt"))
 
 
-SAVED = {"config": dict, "weights": dict, "shards": dict, "vocabulary": int, "separator": int,
-         "step": int, "seconds": float, "validated": int, "val_loss": float, "cursor": tuple}
-
-
-def read_checkpoint(path, verify=True):
-    """A file of `save`, its tensors still on the disk, and its path. verify: compare every checksum
-    in it. Raises UserError for any other file."""
+def read_checkpoint(path, wanted=None):
+    """A file of `save` as a dictionary, with its path and a Config; its tensors stay on the disk.
+    None if it is not of the wanted Config's recipe. Raises UserError for any other file."""
+    options = Config.__dataclass_fields__
     try:
+        saved = torch.load(path, weights_only=True, mmap=True)
+        settings = {name: typed(options[name], text) for name, text in saved["config"].items()}
+        config = Config(**settings)
+        if texts(config) != saved["config"]:
+            raise ValueError("it is of another version, whose settings are others")
+        if wanted and identity(config) != identity(wanted):
+            return None
         with zipfile.ZipFile(path) as archive:
-            parts = archive.infolist()
-            if any(part.compress_type for part in parts):  # torch.save compresses nothing
-                raise ValueError("it is compressed")
-            if len({part.filename for part in parts}) < len(parts) or verify and archive.testzip():
-                raise ValueError("it is damaged")
-        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        for name, kind in SAVED.items():
-            if type(saved[name]) is not kind:
-                raise ValueError(f"its {name} is no {kind.__name__}")
-        counts = [saved[name] for name in ("separator", "vocabulary", "step")] + [*saved["cursor"]]
-        plain = all(type(count) is int and 0 <= count < 2**62 for count in counts) and len(counts) == 6
-        plain = plain and all(type(text) is str for text in saved["config"].values())
-        plain = plain and all(type(saved["shards"].get(part)) is dict for part in ("train", "val"))
-        plain = plain and counts[0] < counts[1] <= 65_536 and (counts[4] > 0 or counts[5] == 0)
-        if not plain or not 0 <= saved["seconds"] < 1e18:
-            raise ValueError("it holds impossible values")
-        return saved | {"path": str(path)}
-    except Exception as error:  # whatever the file system, the archive or the unpickler object to
-        raise UserError(f"cannot use {path} as a checkpoint of this train_gpt2.py: "
-                        f"{type(error).__name__}: {error!s:.160}") from None
+            if part := archive.testzip():
+                raise ValueError(f"{part} is damaged")
+        return saved | {"path": str(path), "config": config}
+    except Exception as error:  # whatever reading and unpickling may raise
+        raise UserError(
+            f"cannot use {path} as a checkpoint of this train_gpt2.py: {error!r:.160}; "
+            "the log.txt of its run begins with the version that wrote it") from None
 
 
-def config_of(saved):
-    """The settings of a saved run, checked as those of a command line. Raises UserError."""
-    options, given = {option.name: option for option in fields(Config)}, saved["config"]
-    for name in options.keys() ^ given.keys():
-        raise UserError(f"{saved['path']} is of another version of train_gpt2.py, by its setting "
-                        f"{name!s:.80}; its log.txt begins with that version")
-    try:
-        return check_config(Config(**{name: typed(options[name], given[name]) for name in options}))
-    except (argparse.ArgumentTypeError, UserError) as error:
-        raise UserError(f"{saved['path']} has impossible settings: {error!s:.160}") from None
+def identity(config, shards=()):
+    """What must be the same where a run goes on, by name: its recipe and its shards."""
+    found = {flag(name): spelled(getattr(config, name)) for name in Recipe.__annotations__}
+    for part in shards:
+        found |= {f"{part} shard {name}": facts for name, facts in shards[part].items()}
+    return found
 
 
-def difference(saved, config, data=None):
-    """What of a recipe, and of its data, a checkpoint had otherwise; empty if nothing."""
-    ours = texts(config)
-    for option in fields(Recipe):
-        theirs = saved["config"].get(option.name, ours[option.name])
-        if theirs != ours[option.name]:
-            return f"{flag(option.name)} {theirs!s:.80}, not {ours[option.name]}"
-    for part, shards in data.fingerprints.items() if data else ():
-        theirs = saved["shards"][part]
-        for name in shards.keys() | theirs.keys():
-            if shards.get(name) != theirs.get(name):
-                return f"another {part} shard {name!s:.80}, by its header or checksum"
-    return ""
-
-
-def read_newest(places, config=None, verify=True):
-    """The first usable checkpoint of files or run folders, there newest first. With a config, the
-    first of its recipe, or the model of a finished run. None if there is none. Raises UserError if
-    there are only such that cannot be used."""
+def newest(place, recipe=None):
+    """What `read_checkpoint` gives for a file, or for the newest whole file of a run folder, where a
+    model is newer than checkpoints. With a Config: for the newest of its recipe in a folder of runs,
+    or None. Raises UserError where there are files, and none can be read."""
+    paths = place.glob("*/*.pt") if recipe else [*place.glob("*.pt")] or [place]
     errors = []
-    for place in places:
-        finished = place.glob("model.pt") if config else ()
-        for path in (*finished, *checkpoints(place)[::-1]) if place.is_dir() else (place,):
-            try:
-                saved = read_checkpoint(path, verify=False)
-                if config is None or not difference(saved, config):
-                    config_of(saved)
-                    saved = read_checkpoint(path, verify)
-                    for error in errors:
-                        print(f"passed over: {error}")
-                    return saved
-            except UserError as error:
-                errors.append(str(error))
-    if errors or config is None:
-        found = errors[0] if errors else f"{places[0]} has no checkpoint_*.pt (--save-every N makes them)"
-        raise UserError(f"{found}; --resume none starts from the beginning")
+    for path in sorted(paths, reverse=True):
+        try:
+            if saved := read_checkpoint(path, recipe):
+                for error in errors:
+                    print(f"passed over: {error}")
+                return saved
+        except UserError as error:
+            errors.append(error)
+    if errors:
+        raise UserError(f"{errors[0]}; --resume none starts from the beginning")
     return None
 
 
 def checkpoint_to_resume(config, data, processes):
-    """What --resume names, on every process, if its recipe and shards are this run's. Raises UserError."""
-    saved = None
-    if config.resume == "auto" and processes.rank == 0:
-        saved = read_newest(sorted(Path(config.out).glob("*/"), reverse=True), config)
-        if saved is None:
-            print(f"no checkpoint of this recipe in {config.out}: starting from the beginning")
-    elif config.resume != "none" and processes.rank == 0:
-        saved = read_newest([Path(config.resume)])
-    path = processes.all_gather(saved and saved["path"])[0]
-    if path is None:
+    """The checkpoint that --resume names, or None. Raises UserError for another recipe or shards."""
+    path = config.resume
+    if path == "auto":
+        found = newest(Path(config.out), config) if processes.rank == 0 else None
+        path = processes.all_gather(found["path"] if found else "none")[0]
+    if path == "none":
         return None
-    saved = read_checkpoint(Path(path), verify=False)
-    if found := difference(saved, config, data):
-        raise UserError(f"{path} was trained with {found}; a checkpoint goes on with its own recipe and "
-                        "shards: give those, or --resume none")
-    check_shapes(saved, config)
+    saved = read_checkpoint(path)
+    theirs, ours = identity(saved["config"], saved["shards"]), identity(config, data.fingerprints)
+    for name in theirs | ours:
+        if theirs.get(name) != ours.get(name):
+            raise UserError(
+                f"{path} was trained with {name} {theirs.get(name)}, not {ours.get(name)}; it goes "
+                "on with its own recipe and shards: give those, or --resume none")
     return saved
-
-
-def check_shapes(saved, config):
-    """Raises UserError where weights are not those of the settings, before memory is taken."""
-    try:
-        with torch.device("meta"):
-            GPT(config, saved["vocabulary"]).load_state_dict(saved["weights"], assign=True)
-    except Exception as error:  # whatever tensors of another kind or shape lead to
-        raise UserError(f"cannot use {saved['path']}: its weights do not fit its settings: "
-                        f"{error!s:.160}") from None
 
 
 def restore(saved, model, groups):
     """Weights and optimizer state, whichever number of processes wrote them. Raises UserError."""
     try:
         model.load_state_dict(saved["weights"])
-        for group in groups.values():
-            for number, buffer in enumerate(group.state):
-                group.load(buffer, saved["state"][f"{group.name}.{number}"])
-    except (KeyError, ValueError, AttributeError, RuntimeError) as error:
-        raise UserError(f"cannot use {saved['path']}: its tensors do not fit: {error!s:.160}") from None
-    return Progress(*(saved[name] for name in Progress._fields))
+        for name, group in groups.items():
+            for buffer, whole in zip(group.state, saved["state"][name], strict=True):
+                group.load(buffer, whole)
+        return Progress(*(saved[name] for name in Progress._fields))
+    except Exception as error:  # whatever missing and misshapen tensors lead to
+        raise UserError(f"cannot use {saved['path']}: {error!r:.160}") from None
 
 
 def load_model(path, device="cpu"):
     """A model for evaluation, and the values saved with it. Raises UserError for any other file."""
-    saved = read_checkpoint(Path(path))
-    config = config_of(saved)
-    check_shapes(saved, config)
-    model = GPT(config, saved["vocabulary"])
+    saved = read_checkpoint(path)
+    model = GPT(saved["config"], saved["vocabulary"])
     restore(saved, model, {})
     return model.to(device), saved
 
@@ -2348,11 +2305,13 @@ def load_model(path, device="cpu"):
 # Clock, signals, and what processes tell each other.
 
 
+@dataclass
 class Clock:
     """Seconds of training. Stopped, once the device has finished, while anything else runs."""
 
-    def __init__(self, processes, seconds):
-        self.processes, self.seconds, self.began = processes, seconds, time.perf_counter()
+    processes: Processes
+    seconds: float
+    began: float = dataclasses.field(default_factory=time.perf_counter)
 
     def now(self):
         return self.seconds + time.perf_counter() - self.began
@@ -2368,23 +2327,18 @@ class Clock:
 
 @contextlib.contextmanager
 def caught_signals():
-    """A list that receives the number of the first signal to end, for the loop to act on. One more
-    ends the process at once; but within a second it may be the same one, sent on by torchrun."""
-    received, began = [], 0.0
+    """A list that receives the number of the first signal to end, for the loop to act on. A second
+    one ends the process at once; but torchrun sends the first one again, and ends us by itself."""
+    received = []
 
     def note(number, _frame):
-        nonlocal began
         if not received:
-            began = time.monotonic()
             received.append(number)
-            with contextlib.suppress(OSError):  # not print: this may come in the middle of one
-                os.write(2, b"saving after this step; once more ends at once\n")
-        elif time.monotonic() > began + ("TORCHELASTIC_RUN_ID" in os.environ):
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
+        elif "TORCHELASTIC_RUN_ID" not in os.environ:
+            os._exit(128 + number)
 
-    names = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")  # the last is Slurm's warning
-    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    # The last one is Slurm's warning.
+    numbers = signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1
     before = {number: signal.signal(number, note) for number in numbers}
     try:
         yield received
@@ -2393,40 +2347,45 @@ def caught_signals():
             signal.signal(number, handler)
 
 
+@dataclass
 class Reports:
     """What processes tell each other after a step: loss, a sum of their weights, a signal. On a GPU
     the report of a step is read when the next step has been launched, so that nothing waits."""
 
-    def __init__(self, groups, stream, processes, log, clock):
-        self.groups, self.stream, self.processes = groups.values(), stream, processes
-        self.log, self.clock, self.unread, self.signal = log, clock, deque(), 0
+    groups: dict
+    stream: TokenStream
+    processes: Processes
+    log: RunLog
+    clock: Clock
+    signal: int = 0
+    unread: deque = dataclasses.field(default_factory=deque)
 
     def send(self, step, batch, loss, received):
-        weights = torch.stack([group.shard.sum(dtype=loss.dtype) for group in self.groups]).sum()
-        report = torch.stack((loss, weights, loss.new_full((), max(received, default=0))))[None]
+        """loss: () on the device, this process's part. received: no signal, or one."""
+        weights = sum(group.shard.sum(dtype=loss.dtype) for group in self.groups.values())
+        report = torch.stack((loss, weights, loss.new_full((), sum(received))))[None]
         reports = report.repeat(self.processes.world, 1)
         if self.processes.world > 1:
             all_gather(reports, report)
         reports = reports.to("cpu", non_blocking=True)
-        event = torch.cuda.current_stream().record_event() if loss.is_cuda else None
-        self.unread.append((step, batch.positions, reports, event))
-        self.read(leave=int(loss.is_cuda))
+        arrived = torch.cuda.current_stream().record_event() if loss.is_cuda else None
+        self.unread.append((step, batch.positions, reports, arrived))
+        self.read(leave=loss.is_cuda)
 
     def read(self, leave=0):
-        """The oldest first. Raises UserError for a loss or weight that is not finite."""
+        """All but `leave` of them, the oldest first. Raises UserError for a loss or weight that is not finite."""
         while len(self.unread) > leave:
-            step, positions, reports, event = self.unread.popleft()
-            if event is not None:
-                event.synchronize()
-            bad = [rank for column in (0, 1) for rank, number in enumerate(reports[:, column].tolist())
-                   if not math.isfinite(number)]
-            if bad:
-                place = self.stream.place(self.processes.all_gather(positions)[bad[0]][0])
-                raise UserError(f"the loss of step {step + 1}, or a weight after it, is not finite in process "
-                                f"{bad[0]}, whose rows begin in {place[0].path} at token {place[1]}"
-                                f"{self.log.way_on()}")
-            self.log.record(step + 1, self.clock.now(), train_loss=float(reports[:, 0].sum()))
-            self.signal = self.signal or int(reports[:, 2].max())
+            step, positions, reports, arrived = self.unread.popleft()
+            if arrived:
+                arrived.synchronize()
+            for _, rank in (~reports.T.isfinite()).nonzero().tolist():  # losses, then weights
+                shard, token = self.stream.place(self.processes.all_gather(positions)[rank][0])
+                raise UserError(
+                    f"the loss of step {step + 1}, or a weight after it, is not finite in process "
+                    f"{rank}, whose rows begin in {shard.path} at token {token}{self.log.way_on()}")
+            loss, _, number = reports.T
+            self.log.record(step + 1, self.clock.now(), train_loss=loss.sum().item())
+            self.signal = int(number.max())
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2438,46 +2397,43 @@ def one_line(error):
     if isinstance(error.__context__, OSError) and type(error) is RuntimeError:
         error = error.__context__  # torch.save makes the latter of a full disk
     text = " ".join(str(error).split())
-    if isinstance(error, UserError):
-        return text
-    if isinstance(error, KeyboardInterrupt):
-        return "interrupted before the first step: there was nothing to save"
-    if isinstance(error, torch.OutOfMemoryError) or "CUDA error: out of memory" in text:
-        return ("the GPU has too little memory; the same training needs less with --micro-tokens 16384, "
-                "less again with --recompute true --loss-chunk 2048")
-    if isinstance(error, OSError):
-        return f"cannot read or write: {text:.300}; make room, mend permissions, or give another --out"
-    if isinstance(error, MemoryError) or re.search("DefaultCPUAllocator|Storage size calculation", text):
-        return f"the machine has too little memory: {text:.160}; take a smaller --width or --layers"
-    if isinstance(error, RuntimeError) and re.search("gloo|monitoredBarrier|NCCL|pair closure", text):
-        return (f"the connection to another process is lost, or it kept silent for --timeout seconds "
-                f"({text:.160}); what it said stands above or in its machine's output")
+    known = (  # kind, words in its text, what to say
+        (UserError, "", text),
+        (KeyboardInterrupt, "", "interrupted before the first step: there was nothing to save"),
+        (OSError, "", f"cannot read or write: {text:.300}; make room, mend permissions, or give "
+                      "another --out"),
+        (RuntimeError, "CUDA.*out of memory",
+         "the GPU has too little memory; the same training needs less with --micro-tokens 16384, "
+         "less again with --recompute true --loss-chunk 2048"),
+        ((MemoryError, RuntimeError), "^$|allocate|Storage size",
+         f"the machine has too little memory: {text:.160}; take a smaller --width or --layers"),
+        (RuntimeError, "gloo|monitoredBarrier|NCCL|pair closure",
+         "the connection to another process is lost, or it kept silent for --timeout seconds "
+         f"({text:.160}); what it said stands above or in its machine's output"))
+    for kind, words, line in known:
+        if isinstance(error, kind) and re.search(words, text):
+            return line
     return None
 
 
 def main(arguments=None):
-    """The command line. Every process sees the same bad input: process 0 speaks first."""
+    """The command line, from its arguments. Of what all processes meet, process 0 speaks first."""
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # sizes vary by stage
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # it was closed
-            setattr(sys, name, open(os.devnull, "w"))
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # it was closed
     sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be no text
     try:
-        config = parse_command_line(sys.argv[1:] if arguments is None else arguments)
+        config = parse_command_line(arguments)
         train(config, start_processes(config))
     except BaseException as error:
         line = one_line(error)
-        if line is None:
-            if isinstance(error, SystemExit) and dist.is_initialized():  # stopped, all together
-                dist.destroy_process_group()
-            raise
-        if os.environ.get("RANK", "0") != "0":  # torchrun ends the job when process 0 has spoken
-            time.sleep(5 if isinstance(error, UserError) else 0.5)
-        print(line, file=sys.stderr, flush=True)
-        status = 130 if isinstance(error, KeyboardInterrupt) else 1
-        if dist.is_initialized():
-            os._exit(status)  # an ordinary end would wait for processes that do not answer
-        raise SystemExit(status) from None
+        if line:
+            if os.environ.get("RANK", "0") != "0":  # torchrun ends the job when process 0 has spoken
+                time.sleep(5)
+            print(line, file=sys.stderr, flush=True)
+            error = SystemExit(1)
+        if isinstance(error, SystemExit) and dist.is_initialized():
+            os._exit(error.code)  # an ordinary end would wait for processes that do not answer
+        raise error
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -42,7 +42,7 @@ def test_settings_are_read_as_they_are_spelled(preset):
 
 
 def test_forms():
-    config = parse_command_line(["--row_tokens", "256", "--tokens-per-step=1024", "--short-layers=none", "--smear",
+    config = parse_command_line(["--row-tokens", "256", "--tokens-per-step=1024", "--short-layers=none", "--smear",
                                  "false", "--steps=3", "--steps", "5"])
     assert (config.row_tokens, config.tokens_per_step, config.short_layers, config.smear, config.steps) == (
         (256,), (1024,), (), False, 5)
@@ -61,7 +61,7 @@ def test_a_value_out_of_bounds_is_refused(name, text):
 @pytest.mark.parametrize(("name", "changes"), [
     ("width", dict(width=770)), ("heads", dict(heads=3, width=768)), ("row_tokens", dict(row_tokens=(100,))),
     ("val_row_tokens", dict(val_row_tokens=100)), ("tokens_per_step", dict(tokens_per_step=(131_073,))),
-    ("window_short", dict(window_short=(400,))), ("gated_skip", dict(gated_skip=(3,))),
+    ("gated_skip", dict(gated_skip=(3,))),
     ("gated_skip", dict(gated_skip=(6, 3))), ("gated_skip", dict(unet_skips=True)),
     ("attention_free", dict(value_residual=True, attention_free=(0,), value_layers=())),
     ("value_layers", dict(value_layers=(6,))), ("backout", dict(backout=(1, 2))),
@@ -75,11 +75,13 @@ def test_settings_that_contradict_each_other_are_refused(name, changes):
 
 @pytest.mark.parametrize("name", ELSEWHERE)
 def test_names_of_other_trainers_get_a_hint(name):
-    assert ELSEWHERE[name] in refusal(f"--{name}", "3") and ELSEWHERE[name][2:].replace("-", "_") in OPTIONS
+    meant = flag(ELSEWHERE[name])
+    assert f"is {meant} meant" in refusal(f"--{name}", "3") and ELSEWHERE[name] in OPTIONS
+    assert meant in refusal(f"{flag(name)}=3")
 
 
 def test_unknown_options():
-    assert "--window" in refusal("--wndow", "3")
+    assert "--window" in refusal("--wndow", "3") and "--row-tokens" in refusal("--row_tokens=3")
     assert "meant" not in refusal("--zzz", "3") and "meant" not in refusal("train.py")
     assert "--steps" in refusal("--steps")  # without a value
 
@@ -87,6 +89,7 @@ def test_unknown_options():
 def test_validation_shards_stand_beside_training_shards(tmp_path):
     config = parse_command_line(["--train-files", f"{tmp_path}/train/my_train_*.bin"])
     assert config.val_files == f"{tmp_path}/train/my_val_*.bin"
+    assert "--val-files" in refusal("--train-files", f"{tmp_path}/mine_*.bin")
 
 
 def run(*arguments, **options):

@@ -11,19 +11,20 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from tools import ALONE, RECIPE, configuration, random_documents, small_model, write_shard
+from tools import ALONE, RECIPE, configuration, made_up_prefixes, random_documents, small_model, write_shard
 
 import train_gpt2
 from train_gpt2 import (
-    Batch, Config, Processes, TokenStream, UserError, open_data, open_shard, phase_at, prefetched, read_tokens,
-    step_batches, step_rows, tokens_needed, tokens_until, training_row, validation_rows)
+    PREFIXES, Batch, Config, Processes, TokenStream, UserError, open_data, open_shard, phase_at, prefetched,
+    read_tokens, row_shape, step_batches, step_rows, tokens_needed, tokens_until, training_row, validation_rows)
 
 SEPARATOR = 256
 
 
 def write_shards(folder, pieces) -> str:
-    """One shard per piece, named in order. Returns the glob."""
+    """One shard per piece, named in order, and prefixes. Returns the glob."""
     folder.mkdir(exist_ok=True)
+    made_up_prefixes(257).tofile(folder / PREFIXES)
     for number, tokens in enumerate(pieces):
         write_shard(folder / f"text_train_{number:03}.bin", tokens, 257, SEPARATOR)
     return str(folder / "text_train_*.bin")
@@ -153,6 +154,29 @@ def test_files_that_change_after_opening_are_refused(tmp_path):
         stream.read(300, 10)
 
 
+def test_prefixes_are_read_beside_the_shards(tmp_path):
+    write_shard(tmp_path / "text_val_0.bin", random_documents(2000), 257, SEPARATOR)
+    write_shards(tmp_path, [random_documents(30_000)])
+    config, data = recipe(tmp_path, repeat=True), open_data(recipe(tmp_path, repeat=True))
+    assert np.array_equal(data.prefixes, made_up_prefixes(257)) and data.prefixes.max() > 0 > data.prefixes.min()
+    path, good = tmp_path / PREFIXES, data.prefixes
+    changed = good.copy()
+    changed[good.argmax()] = -1  # another table is another training set
+    changed.tofile(path)
+    assert open_data(config).fingerprints != data.fingerprints
+    np.full(257, -1, "<i4").tofile(path)
+    assert open_data(config).prefixes is None
+    for bad in (good[:-1], np.append(good, 0), np.where(good < 0, -2, good), np.where(good < 0, 257, good)):
+        bad.astype("<i4").tofile(path)
+        with pytest.raises(UserError, match=PREFIXES):
+            open_data(config)
+    path.unlink()
+    with pytest.raises(UserError, match="--prefix-weight"):
+        open_data(config)
+    without = open_data(replace(config, prefix_weight=0.0))
+    assert without.prefixes is None and PREFIXES not in without.fingerprints["train"]
+
+
 # ---- rows -------------------------------------------------------------------------------------------------
 
 
@@ -185,11 +209,11 @@ def slow_row(documents, number, tokens, most):
 def test_rows_of_whole_documents_are_those_of_the_slow_reference(tmp_path, seed, tokens, most):
     pieces = [piece for more in range(4) for piece in random_pieces(100 * seed + more)]
     stream, documents = TokenStream(write_shards(tmp_path, pieces)), documents_of(np.concatenate(pieces))
-    ends, config = [*itertools.accumulate(map(len, documents))], Config(document_tokens=most)
+    ends, config = [*itertools.accumulate(map(len, documents))], Config(document_tokens=(most,), row_tokens=(tokens,))
     number, position = 0, 0
     for _ in range(150):  # some rounds through the stream
         row, starts, following = slow_row(documents, number, tokens, most)
-        found, found_starts, after = training_row(stream, position, tokens, config)
+        found, found_starts, after = training_row(stream, position, row_shape(0, config), config)
         assert found.tolist() == row and found_starts.tolist() == starts and starts[0]
         laps, inside = divmod(following - 1, len(documents))
         assert after == laps * stream.tokens + ends[inside]
@@ -201,9 +225,10 @@ def test_rows_of_whole_documents_are_those_of_the_slow_reference(tmp_path, seed,
 def test_continued_rows_lose_nothing_and_start_documents_at_every_cut(tmp_path, tokens, most):
     pieces = [piece for more in range(3) for piece in random_pieces(50 + more)]
     stream, text = TokenStream(write_shards(tmp_path, pieces)), np.concatenate(pieces)
-    opens, config = starts_of(documents_of(text)), Config(long_documents="continue", document_tokens=most)
+    opens = starts_of(documents_of(text))
+    config = Config(long_documents="continue", document_tokens=(most,), row_tokens=(tokens,))
     for position in range(0, 2 * stream.tokens, tokens):
-        row, starts, after = training_row(stream, position, tokens, config)
+        row, starts, after = training_row(stream, position, row_shape(0, config), config)
         assert after == position + tokens
         assert row.tolist() == [text[at % len(text)] for at in range(position, after + 1)]
         begin = position  # of the document, or of what is left of one
@@ -215,7 +240,7 @@ def test_continued_rows_lose_nothing_and_start_documents_at_every_cut(tmp_path, 
 
 # ---- which rows a step takes ------------------------------------------------------------------------------
 
-SIZES = [(128, 8)] * 3 + [(256, 8)] * 3 + [(384, 8)] * 6  # row, rows of RECIPE's 12 steps
+SIZES = [(128, 8, 60)] * 3 + [(256, 8, 90)] * 3 + [(384, 8, 90)] * 6  # of RECIPE's 12 steps: row, rows, cap
 WAYS = [dict(long_documents="drop"), dict(long_documents="continue"), dict(shuffle=True),
         dict(shuffle=True, long_documents="continue")]
 
@@ -250,10 +275,10 @@ def test_sizes_of_rows_change_in_the_middle_of_a_run_and_the_stream_starts_over(
         ends = [*itertools.accumulate(map(len, documents))]
         steps = rows_of(stream, recipe(tmp_path))
         assert len(steps) == 12
-        for (rows, after), (size, per_step) in zip(steps, SIZES, strict=True):
+        for (rows, after), (size, per_step, most) in zip(steps, SIZES, strict=True):
             assert len(rows) == per_step
             for row, starts, _ in rows:
-                wanted, wanted_starts, number = slow_row(documents, number, size, 90)
+                wanted, wanted_starts, number = slow_row(documents, number, size, most)
                 assert row == wanted and starts == wanted_starts
             laps, inside = divmod(number - 1, len(documents))
             assert after == (laps * stream.tokens + ends[inside], 0, 0)
@@ -268,7 +293,7 @@ def test_rows_depend_neither_on_shards_nor_on_processes_nor_on_where_a_run_goes_
     for count in (3, 40):  # shards of the same tokens
         cuts = np.sort(draw.choice(len(text) - 1, count - 1, replace=False)) + 1
         assert rows_of(TokenStream(write_shards(tmp_path / str(count), np.split(text, cuts))), config) == steps
-    for (rows, after), batch, (size, count) in zip(steps, whole, SIZES, strict=True):
+    for (rows, after), batch, (size, count, _) in zip(steps, whole, SIZES, strict=True):
         assert batch.inputs.shape == (count, size)
         assert [part.dtype for part in batch[:3]] == [torch.int32, torch.int64, torch.bool]
         tokens, starts, positions = zip(*rows, strict=True)
@@ -376,14 +401,28 @@ def test_shuffled_rows_of_whole_documents_are_those_in_order(tmp_path, ends_with
 
 def test_a_new_size_of_rows_is_drawn_anew(tmp_path):
     config = recipe(tmp_path, shuffle=True, long_documents="continue", document_tokens=0, seed=5)
-    stream, by_size = numbered_stream(tmp_path, 24 * 384 + 1), {size: [] for size, _ in SIZES}
-    for (rows, _), (size, count) in zip(step_rows(stream, config), SIZES, strict=True):
+    stream, by_size = numbered_stream(tmp_path, 24 * 384 + 1), {size: [] for size, *_ in SIZES}
+    for (rows, _), (size, count, _) in zip(step_rows(stream, config), SIZES, strict=True):
         assert len(rows) == count
         for row, *_ in rows:
             assert row[0] % size == 0 and np.array_equal(row, np.arange(row[0], row[0] + size + 1))
             by_size[size].append(int(row[0]) // size)
     assert [len({*rows}) for rows in by_size.values()] == [24, 24, 24]
     assert sorted(by_size[384]) == sorted([*range(24)] * 2)  # 48 rows of the last size: each twice
+
+
+def test_shuffled_rows_keep_to_the_longest_document_of_their_stage(tmp_path):
+    """Also where rows stay as long as they were, and after a checkpoint."""
+    tokens = random_documents(3000, seed=6)
+    stream, documents = TokenStream(write_shards(tmp_path, [tokens])), documents_of(tokens)
+    number_at = {begin: number for number, begin in enumerate([0, *itertools.accumulate(map(len, documents))])}
+    config = recipe(tmp_path, shuffle=True, document_tokens="20,50", row_tokens=128, tokens_per_step=512)
+    steps = rows_of(stream, config)
+    for (rows, _), (*_, most) in zip(steps, SIZES, strict=True):
+        for row, starts, position in rows:
+            assert slow_row(documents, number_at[position], 128, {60: 20, 90: 50}[most])[:2] == (row, starts)
+    for first in range(1, 12):
+        assert rows_of(stream, config, first, steps[first - 1][1]) == steps[first:]
 
 
 # ---- validation and reading ahead -------------------------------------------------------------------------

@@ -9,8 +9,8 @@ from tools import dense_mask, random_starts
 from torch.nn.attention.flex_attention import create_mask, flex_attention
 
 from train_gpt2 import (
-    MASK_BLOCK, Config, attention, attention_masks, block_mask, first_visible_key, interval_rule, layer_plan,
-    span_mask)
+    GPT, MASK_BLOCK, Config, attention, attention_masks, block_mask, document_starts, first_visible_key,
+    interval_rule, span_mask)
 
 WINDOWS = (0, 1, 2, 30, 63, 99, 126, 127, 128, 254, 255, 256, 383, 511, 999, 100_000, 2**40)
 
@@ -34,9 +34,13 @@ def softmax_attention(query, key, value, visible):
     return (query @ key.mT).masked_fill(~visible[:, None], -torch.inf).softmax(-1) @ value
 
 
+def first_key_of(starts, window):
+    return first_visible_key(document_starts(starts), window)
+
+
 def test_first_keys_and_their_rule_are_the_definition():
     for starts, window in layouts(100, (1, 2, 5, 17, 64, 127, 128, 200, 300, 512), seed=1):
-        first_key = first_visible_key(starts, window)
+        first_key = first_key_of(starts, window)
         position, row = torch.arange(starts.shape[1]), torch.arange(starts.shape[0])[:, None, None]
         seen = interval_rule(first_key)(row, None, position[:, None], position)
         assert torch.equal(seen, dense_mask(starts, window)), (starts.nonzero(), window)
@@ -57,7 +61,7 @@ def seen_in(spans, rows: int, tokens: int) -> torch.Tensor:
 @pytest.mark.parametrize("block", [7, 128, 256])
 def test_spans_are_the_definition(block):
     for starts, window in layouts(20, (5, 64, 300), seed=block):
-        spans = span_mask(first_visible_key(starts, window), block)
+        spans = span_mask(first_key_of(starts, window), block)
         assert torch.equal(seen_in(spans, *starts.shape), dense_mask(starts, window))
 
 
@@ -73,7 +77,7 @@ def test_attention_over_spans():
         draw = torch.Generator().manual_seed(0)
         shape = 3, len(starts), 2, starts.shape[1], 8
         query, key, value = torch.randn(shape, dtype=torch.float64, generator=draw)
-        found = attention(query, key, value, span_mask(first_visible_key(starts, window)))
+        found = attention(query, key, value, span_mask(first_key_of(starts, window)))
         expected = softmax_attention(query, key, value, dense_mask(starts, window))
         torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
 
@@ -104,7 +108,7 @@ def assert_blocks(mask, visible: torch.Tensor):
 @pytest.mark.parametrize("count", [20, pytest.param(5000, marks=pytest.mark.slow)])
 def test_blocks_are_the_definition(count):
     for starts, window in layouts(count, (128, 256, 384, 512, 640, 768), seed=4):
-        assert_blocks(block_mask(first_visible_key(starts, window)), dense_mask(starts, window))
+        assert_blocks(block_mask(first_key_of(starts, window)), dense_mask(starts, window))
 
 
 def paired_definition(starts: torch.Tensor, window: int) -> torch.Tensor:
@@ -117,8 +121,9 @@ def paired_definition(starts: torch.Tensor, window: int) -> torch.Tensor:
 @pytest.mark.parametrize("compiled", [False, True])
 def test_each_kind_of_layer_gets_its_own_mask(compiled):
     def masks_of(starts, windows, **changes) -> dict:
-        plan = layer_plan(Config(**changes))
-        return attention_masks(SimpleNamespace(plan=plan, compiled=compiled), starts, windows)
+        config = Config(**dict(heads=4, width=32, xsa_layers=(), dtype="float32") | changes)
+        blocks = GPT(config, 64).blocks
+        return attention_masks(SimpleNamespace(blocks=blocks, compiled=compiled), starts, windows)
 
     all_kinds = dict(layers=5, value_layers=(), short_layers=(0, 1), paired_layers=(1, 3))
     nothing = torch.zeros(1, 128, dtype=torch.bool)
@@ -148,6 +153,6 @@ def test_flex_attention_under_the_block_mask():
         starts[1, 300] = True  # the rows differ
         query, key, value = torch.randn(3, 2, 2, 384, 16, generator=draw)
         with torch.no_grad(), torch.compiler.set_stance("fail_on_recompile" if number else "default"):
-            found = flex(query, key, value, block_mask=block_mask(first_visible_key(starts, window)), scale=1.0)
+            found = flex(query, key, value, block_mask=block_mask(first_key_of(starts, window)), scale=1.0)
         expected = softmax_attention(query, key, value, dense_mask(starts, window)).float()
         torch.testing.assert_close(found, expected, rtol=0, atol=5e-6)

@@ -6,9 +6,9 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from test_model import plain_attention
+from test_model import kind_of, plain_attention
 from test_schedules import at, reference
-from test_techniques import FIVE_LAYERS, ONE_BY_ONE
+from test_techniques import SIX_LAYERS, ONE_BY_ONE
 from tools import ALONE, random_batch, small_config, small_model, write_corpus
 from torch import nn
 
@@ -96,7 +96,15 @@ def test_scales_are_not_seen_and_zeros_stay(kind):
 
 
 def equalised(matrix, average, beta2):
-    """One matrix, row by row. Returns it equalised, and the new averages."""
+    """One matrix, row by row, or if rows are the longer ones column by column. Returns it equalised, and the
+    new averages."""
+    if matrix.shape[0] < matrix.shape[1]:
+        found, average = by_row(matrix.T, average, beta2)
+        return found.T, average
+    return by_row(matrix, average, beta2)
+
+
+def by_row(matrix, average, beta2):
     squares = [float(row @ row) / len(row) for row in matrix]
     average = [beta2 * old + (1 - beta2) * square for old, square in zip(average, squares, strict=True)]
     divided = torch.stack([row / math.sqrt(max(mean, 1e-10)) for row, mean in zip(matrix, average, strict=True)])
@@ -104,10 +112,12 @@ def equalised(matrix, average, beta2):
 
 
 @pytest.mark.parametrize("rows, columns", [(12, 5), (7, 7), (5, 12), (1, 4), (4, 1)])
-def test_rows_are_equalised_by_their_running_mean_square(rows, columns):
-    average, expected = torch.zeros(3, rows, 1, dtype=torch.float64), [[0.0] * rows] * 3
+def test_the_longer_side_is_equalised_by_its_running_mean_square(rows, columns):
+    average = torch.zeros(3, *((rows, 1) if rows >= columns else (1, columns)), dtype=torch.float64)
+    expected = [[0.0] * max(rows, columns)] * 3
     for step in range(6):
         update = random(3, rows, columns, seed=step) * torch.logspace(-2, 1, rows).double()[:, None]
+        update = update * torch.logspace(1, -2, columns).double()
         update[2] = 0  # stays zero
         found = equalise_rows(update, average, 0.9)
         for i in range(3):
@@ -115,8 +125,8 @@ def test_rows_are_equalised_by_their_running_mean_square(rows, columns):
             torch.testing.assert_close(found[i], wanted, rtol=1e-12, atol=1e-14)
             assert average[i].flatten().tolist() == pytest.approx(expected[i], rel=1e-12, abs=0)
         torch.testing.assert_close(found.norm(dim=(1, 2)), update.norm(dim=(1, 2)), rtol=1e-12, atol=0.0)
-        squares = found.square().mean(-1)  # in the first step all rows become of one size
-        assert step or torch.allclose(squares, squares[:, :1], rtol=1e-9, atol=0)
+        squares = found.square().mean(-1 if rows >= columns else -2)
+        assert step or torch.allclose(squares, squares[:, :1], rtol=1e-9, atol=0)  # at first all are of one size
 
 
 # ---- Muon -------------------------------------------------------------------------------------------------
@@ -126,7 +136,7 @@ def test_rows_are_equalised_by_their_running_mean_square(rows, columns):
 def test_muon_is_torchs_muon(shape, factor):
     """torch's iterates in bfloat16, and knows the factor sqrt(max(1, rows / columns))."""
     ours, theirs, first = (parameters_of(shape, dtype=torch.float32)[0] for _ in range(3))
-    group = Muon("one", [ours], (factor,), host("bfloat16", muon_momentum_start=0.95, muon_lr=0.02), ALONE)
+    group = Muon("one", 2, [ours], [(factor,)], host("bfloat16", muon_momentum_start=0.95, muon_lr=0.02), ALONE)
     optimizer = torch.optim.Muon([theirs], lr=0.02, weight_decay=0, momentum=0.95, nesterov=True, ns_steps=5)
     for step in range(8):
         theirs.grad = random(*shape, seed=step + 1, dtype=torch.float32)
@@ -180,7 +190,7 @@ def test_split_weights_train_as_float32_ones_where_bfloat16_alone_stands_still()
     model = host("float32", steps=100, muon_lr=2e-5, muon_decay=40.0, normuon_beta2=0.95)
     first = (random(2, 16, 12) + torch.sign(random(2, 16, 12))).bfloat16()
     narrow, full = nn.Parameter(first.clone()), nn.Parameter(first.float())
-    groups = [Muon("one", [parameter], (1.0, 2.0), model, ALONE) for parameter in (narrow, full)]
+    groups = [Muon("one", 2, [parameter], [(1.0, 2.0)], model, ALONE) for parameter in (narrow, full)]
     assert [len(group.state) for group in groups] == [3, 2]
     alone, low, average = first.clone(), groups[0].state[2], torch.zeros(2, 16, 12)
     mean_square = average[..., :1].clone()
@@ -205,7 +215,7 @@ def test_adam_is_torchs_adam_with_settings_of_each_parameter(dtype, tolerance, e
     """Rates that fall, gradients around epsilon among them, and an entry that never gets one."""
     settings = [(0.05, 0.9, 0.95, 0.0), (0.01, 0.5, 0.99, 0.0), (0.2, 0.0, 0.9, 0.0)]
     ours, theirs = (parameters_of((40, 5), (), (7,), dtype=dtype) for _ in range(2))
-    group = Adam("small", ours, 0, settings, host(cooldown=0.8, adam_epsilon=epsilon), ALONE)
+    group = Adam("small", 0, ours, settings, host(cooldown=0.8, adam_epsilon=epsilon), ALONE)
     optimizer = torch.optim.Adam([dict(params=[p], lr=rate, betas=betas, eps=epsilon)
                                   for p, (rate, *betas, _) in zip(theirs, settings, strict=True)])
     for step in range(20):
@@ -256,17 +266,17 @@ def test_slices_cover_everything_once_and_parameters_begin_on_sixteen_bytes(shap
 
 
 @pytest.mark.parametrize("world", [2, 3, 4])
-@pytest.mark.parametrize("kind", ["muon", "adam"])
-def test_several_processes_together_are_one(world, kind):
+@pytest.mark.parametrize("kind, shape", [("muon", (12, 4)), ("muon", (4, 12)), ("adam", None)])
+def test_several_processes_together_are_one(world, kind, shape):
     """Each updates its slice with the reduced gradient, as Muon with different factors and Adam with
     different settings. Padding, also between parameters, stays zero. State goes from any world to any."""
     def group_of(rank, size):
         processes = Processes(rank, size, ALONE.device)
         if kind == "muon":
-            return Muon("mlp", parameters_of(*[(2, 12, 4)] * 3), (2.0, 1.0), host(muon_decay=1.0, normuon_beta2=0.9),
-                        processes)
+            return Muon("mlp", 2, parameters_of(*[(2, *shape)] * 3), [(2.0, 1.0), (3.0, 0.5), (1.0, 4.0)],
+                        host(muon_decay=1.0, normuon_beta2=0.9), processes)
         settings = [(0.1, 0.9, 0.95, 0.1), (0.02, 0.5, 0.9, 0.0), (0.3, 0.7, 0.99, 1.0)]
-        return Adam("small", parameters_of((3, 4), (), (9,)), 0, settings, host(), processes)
+        return Adam("small", 0, parameters_of((3, 4), (), (9,)), settings, host(), processes)
 
     alone, several = group_of(0, 1), [group_of(rank, world) for rank in range(world)]
     for step in range(3):
@@ -296,40 +306,61 @@ def test_reductions_of_due_groups_start_within_the_last_backward_pass(monkeypatc
     monkeypatch.setattr(train_gpt2, "apply_updates", lambda *_: log.append("updates"))
     for group in groups.values():
         monkeypatch.setattr(group, "reduce", lambda name=group.name: log.append(name))
-    for step, due in ((0, {"mlp", "attention"}), (1, {*groups} - {"embedding"})):
+    muon = {f"{kind}.{depth}" for kind in ("mlp", "qk", "vo") for depth in ("early", "late")}
+    for step, due in ((0, muon), (1, {*groups} - {"embedding"})):
         log.clear()
         train_step(model, groups, random_batch(2, 64), step)
         assert log[:2] == ["pass", "pass"] and log[-1] == "updates"
         assert sorted(log[2:-1]) == sorted(due)
+        assert max(map(log.index, due & {"mlp.late", "qk.late", "vo.late"})) < log.index("mlp.early")
 
 
 def adam_settings(name: str, c) -> tuple:
     """Rate, betas and decay of a parameter that Adam trains."""
-    kind = [word for word in name.split(".") if not word.isdigit()][-1]
-    rate, beta1, beta2, _ = c.adam_gates
+    kind, (rate, beta1, beta2, decay) = kind_of(name), c.adam_gates
     special = {
         "embedding": c.adam_embedding, "head": c.adam_head, "value_tables": c.adam_tables,
-        "bigram_table": c.adam_tables, "attention_gate": c.adam_gates, "value_gate": c.adam_gates, "x0": c.adam_x0,
-        "smear_gate": (rate / 100, beta1, beta2, 0), "skip_gate": (rate / 20, beta1, beta2, 0)}
-    return special.get(kind, c.adam_scalars)
+        "bigram_table": c.adam_tables, "attention_gate": c.adam_gates, "value_gate": c.adam_gates,
+        "residual": c.adam_residual,
+        "smear_gate": (rate / 100, beta1, beta2, 0), "skip_gate": (rate / 20, beta1, beta2, 0),
+        "mudd_in": (rate / 4, beta1, beta2, decay), "mudd_out": (rate / 4, beta1, beta2, decay),
+        "mudd_bias": (rate / 4, beta1, beta2, 0)}
+    mixing = dict.fromkeys(("output", "x0_mix", "bigram_mix", "xsa"), c.adam_mixing)
+    scalars = dict.fromkeys(("in_scale", "out_scale", "value_mix", "smear_mix", "skip_mix"), c.adam_scalars)
+    return (special | mixing | scalars)[kind]
+
+
+def by_muon(name: str) -> bool:
+    return kind_of(name) in ("qk", "vo", "mlp")
 
 
 @pytest.mark.parametrize("preset", ["gpt2", "five-minute", "tiny"])
 def test_every_parameter_is_in_one_group_with_its_settings(preset):
-    model = small_model(preset=preset, **FIVE_LAYERS if preset == "gpt2" else {})
+    model = small_model(preset=preset, **SIX_LAYERS if preset == "gpt2" else {})
     groups, config = optimizer_groups(model, ALONE), model.config
     names = {id(p): name for name, p in model.named_parameters()}
     assert sorted(id(p) for group in groups.values() for p in group.parameters) == sorted(names)
     for group in groups.values():
         for p, part in zip(group.parameters, group.parts, strict=True):
-            matrix = names[id(p)].endswith((".attention", ".mlp"))
-            assert isinstance(group, Muon) == matrix
-            if matrix:
-                scales = [1.0] * 4 if group.name == "attention" else [2.0, config.down_scale]
+            name = names[id(p)]
+            assert isinstance(group, Muon) == by_muon(name)
+            if by_muon(name):
+                scales = [2.0, config.down_scale] if name.endswith("mlp") else [1.0] * len(p)
                 assert group.scale[part].flatten().tolist() == scales
             else:
-                expected = torch.tensor(adam_settings(names[id(p)], config)).double()
+                expected = torch.tensor(adam_settings(name, config)).double()
                 torch.testing.assert_close(group.settings[part], expected.expand(part.stop - part.start, 4))
+
+
+def test_queries_and_keys_are_orthogonalised_two_heads_at_a_time():
+    """In the first step: pairs of neighbours, queries apart from keys."""
+    model = small_model(preset="gpt2", width=64, normuon_beta2=0.0, muon_decay=0.0, orthogonaliser="polar-express")
+    groups, first = optimizer_groups(model, ALONE), model.blocks[0].qk.detach().clone()
+    assert first.shape == (4, 32, 64)  # four heads of 16 channels
+    train_step(model, groups, random_batch(2, 64), 0)
+    moved = (first - model.blocks[0].qk.detach()) / model.config.muon_lr
+    for matrix in moved:
+        assert torch.linalg.svdvals(matrix).min() > 0.8 and torch.linalg.svdvals(matrix).max() < 1.2
 
 
 # ---- whole runs -------------------------------------------------------------------------------------------
@@ -337,7 +368,8 @@ def test_every_parameter_is_in_one_group_with_its_settings(preset):
 RUN = dict(steps=14, extension=2 / 14, tokens_per_step=(128, 256, 384), row_tokens=(64, 128, 128), adam_epsilon=1e-8,
            momentum_warmup=4 / 14, momentum_cooldown=3 / 14, bigram=3, micro_tokens=256, heads=2, width=16)
 SHORT = RUN | dict(steps=6, extension=2 / 6, layers=2, paired_layers=(0,), short_layers=(0,), attention_free=(),
-                   value_layers=(0,), gated_skip=(0, 1), backout=(0,), tokens_per_step=(64, 128, 192), row_tokens=(64,))
+                   value_layers=(0,), xsa_layers=(1,), attention_source=(0,), gated_skip=(0, 1),
+                   tokens_per_step=(64, 128, 192), row_tokens=(64,))
 
 
 def reference_run(model, batch_of):
@@ -348,21 +380,21 @@ def reference_run(model, batch_of):
     mean, square, summed, momentum = ({name: torch.zeros_like(p) for name, p in weight.items()} for _ in range(4))
     averages = {}
     for step in range(c.steps):
-        stage, long, short, tied, factor, mu, *token_weights = reference(step, c)
-        model.load_state_dict(weight)
+        stage, long, short, tied, factor, mu, prefix, *token_weights = reference(step, c)
+        model.load_state_dict(weight, strict=False)  # without the signs
         model.zero_grad()
-        phase = train_gpt2.Phase(stage, (long, short), tuple(token_weights), tied)
+        phase = train_gpt2.Phase(stage, (long, short), tuple(token_weights), prefix, tied)
         loss, next_token = model.loss(batch_of(step), phase)
         (loss / c.tokens_per_step[0]).backward()
         for name, p in model.named_parameters():
             gradient = torch.zeros_like(p) if p.grad is None else p.grad
-            if name.endswith((".attention", ".mlp")):
+            if by_muon(name):
                 momentum[name] = mu * momentum[name] + (1 - mu) * gradient
                 nesterov, new = mu * momentum[name] + (1 - mu) * gradient, []
                 for i, (old, matrix) in enumerate(zip(weight[name], nesterov, strict=True)):
                     update = orthogonalised(matrix, c.orthogonaliser) if matrix.any() else matrix
                     if c.normuon_beta2:
-                        before = averages.get((name, i), [0.0] * len(old))
+                        before = averages.get((name, i), [0.0] * max(old.shape))
                         update, averages[name, i] = equalised(update, before, c.normuon_beta2)
                     scale = (2.0, c.down_scale)[i] if name.endswith("mlp") else 1.0
                     rate = c.muon_lr * factor
@@ -395,13 +427,14 @@ def assert_trains(model):
     for step, (expected, loss) in enumerate(reference_run(twin, batch_of)):
         found = train_step(model, groups, batch_of(step), step)
         torch.testing.assert_close(found, loss.detach(), rtol=1e-7, atol=0)
-        torch.testing.assert_close(dict(model.state_dict()), expected, rtol=1e-7, atol=1e-7)
+        found = {name: p.detach() for name, p in model.named_parameters()}
+        torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-7)
         for group in groups.values():
             assert not group.is_due(step) or (group.gradients == 0).all(), group.name
 
 
 @pytest.mark.parametrize("preset, changes", [
-    ("gpt2", FIVE_LAYERS | RUN), ("five-minute", dict(steps=10, momentum_warmup=0.5, cooldown=0.3, layers=2))])
+    ("gpt2", SIX_LAYERS | RUN), ("five-minute", dict(steps=10, momentum_warmup=0.5, cooldown=0.3, layers=2))])
 def test_a_whole_run_is_the_recipe_word_for_word(preset, changes):
     assert_trains(small_model(preset=preset, spread=0.05, **changes))
 
@@ -438,10 +471,10 @@ def buffers(groups) -> list:
 
 
 def small_run(folder, compiled=False, **changes):
-    """A model of record 62 in short rows, its groups, and data."""
+    """A model of gpt2 in short rows, its groups, and data."""
     write_corpus(folder)
     files = {f"{part}_files": str(folder / f"text_{part}_*.bin") for part in ("train", "val")}
-    sizes = FIVE_LAYERS | RUN | dict(extension=0.25, document_tokens=90, spread=0.05)
+    sizes = SIX_LAYERS | RUN | dict(extension=0.25, document_tokens=(60, 90), spread=0.05)
     model = small_model(257, preset="gpt2", compiled=compiled, **files, **sizes | changes)
     return model, optimizer_groups(model, ALONE), open_data(model.config)
 
@@ -472,8 +505,9 @@ def test_nothing_compiles_after_the_warm_up(tmp_path, fresh_compiler, monkeypatc
     sizes = dict(dtype="float32", steps=12, row_tokens=(128, 256, 384), tokens_per_step=(256, 512, 768), width=24)
     model, groups, data = small_run(tmp_path, True, **sizes, val_row_tokens=128, repeat=True)
     warm_up(model, groups, data, ALONE)
-    # Five kinds of layers, in three lengths of rows and in validation.
-    assert graphs.count("run_block") == 5 * 4 and {*graphs} == {"run_block", "chunk_loss", "muon_update", "adam_update"}
+    # Six kinds of layers, entrance and exit, in three lengths of rows and in validation.
+    assert graphs.count("run_block") == 8 * 4
+    assert {*graphs} == {"run_block", "chunk_losses", "chunk_gradient", "muon_update", "adam_update"}
     count, batches = len(graphs), train_gpt2.step_batches(data.train, model.config, ALONE)
     for step, batch in enumerate(batches):  # a recompilation would be an error
         validate(model, data.val, 300, step, ALONE)
@@ -491,8 +525,8 @@ def test_compiled_updates_give_the_eager_ones_and_compile_once(fresh_compiler, k
         model.compiled = compiled
         parameters = parameters_of((4, 32, 16), dtype=torch.bfloat16 if kind == "muon" else torch.float32)
         if kind == "muon":
-            return Muon("m", parameters, (1.0, 2.0, 1.0, 1.0), model, ALONE)
-        return Adam("a", parameters, 1, [(0.02, 0.8, 0.9, 0.1)], model, ALONE)
+            return Muon("m", 2, parameters, [(1.0, 2.0, 1.0, 1.0)], model, ALONE)
+        return Adam("a", 1, parameters, [(0.02, 0.8, 0.9, 0.1)], model, ALONE)
 
     groups = [group(False), group(True)]
     for step in range(1, 6):

@@ -1,4 +1,4 @@
-"""The presets: their sizes, what they leave out, and that smaller siblings of the larger ones train."""
+"""The presets: their sizes, what they leave out, and that the larger ones are the same recipe."""
 
 from dataclasses import asdict, fields
 
@@ -6,13 +6,13 @@ import pytest
 import torch
 
 import train_gpt2
-from train_gpt2 import (GPT, PRESETS, TECHNIQUES, Config, Recipe, check_config, layer_plan, parse_command_line,
-                        preset_values, tokens_until)
+from train_gpt2 import (GPT, PRESETS, TECHNIQUES, Config, Recipe, check_config, parse_command_line, preset_values,
+                        tokens_until)
 
 
 @pytest.mark.parametrize("preset, parameters, tokens", [
-    ("gpt2", 461_833_352, 424_673_280), ("five-minute", 162_201_641, 983_040_000),
-    ("gpt2-medium", 712_247_273, 1_257_897_984), ("gpt2-xl", 1_499_337_083, 5_308_416_000)])
+    ("gpt2", 490_907_981, 361_758_720), ("five-minute", 162_201_641, 983_040_000),
+    ("gpt2-medium", 702_721_241, 1_247_019_008), ("gpt2-xl", 1_412_609_789, 5_261_885_440)])
 def test_sizes(preset, parameters, tokens):
     config = Config(**preset_values(preset) | {"dtype": "bfloat16"})
     with torch.device("meta"):
@@ -52,15 +52,23 @@ def test_a_technique_that_a_preset_has_not_cannot_be_left_out():
             parse_command_line(arguments)
 
 
+def test_the_order_in_which_techniques_are_left_out_does_not_matter():
+    """"blocks" puts back what "none" took away."""
+    both = ["x0-shortcut", "sublayer-mixing"]
+    values = [Config(**preset_values("gpt2", order)) for order in (both, both[::-1])]
+    assert values[0] == values[1] and values[0].mixing == "none"
+
+
 @pytest.mark.parametrize("preset", ["gpt2-medium", "gpt2-xl"])
 def test_larger_presets_are_the_same_recipe(preset):
     large, base = Config(**preset_values(preset)), Config()
     same = {"layers", "heads", "width", "steps", "preset", "muon_lr"}
-    lists = {"short_layers", "paired_layers", "attention_free", "value_layers", "gated_skip", "backout"}
+    lists = {"short_layers", "paired_layers", "attention_free", "value_layers", "xsa_layers", "gated_skip",
+             "attention_source"}
     assert {f.name for f in fields(Recipe) if getattr(large, f.name) != getattr(base, f.name)} <= same | lists
     for name in lists:
         assert (len(getattr(large, name)) > 0) == (len(getattr(base, name)) > 0)
-    plan = layer_plan(large)
-    assert [layer.value_table for layer in plan if layer.value_table is not None] == [0, 1, 2, 0, 1]
-
-
+    skip, (source,) = large.gated_skip, large.attention_source
+    assert len(large.value_layers) == 5 and max(large.value_layers) == large.layers - 1
+    assert {*large.xsa_layers} == {*range(1, large.layers)} - {*large.paired_layers, *large.attention_free}
+    assert skip[0] not in large.short_layers and (skip[1],) == large.attention_free and source > skip[1]

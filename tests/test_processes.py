@@ -76,29 +76,36 @@ def test_groups_are_reduced_in_the_backward_pass(corpus, tmp_path):
         for step, events in enumerate(json.loads(end.out)):
             reduced = [name for kind, name in events if kind == "reduce"]
             inside = events[:events.index(["backward", "ended"])]
-            expected = {"mlp", "attention"} if step % 2 == 0 else {
-                "mlp", "attention", "head", "small", "value_tables", "bigram_table"}
-            assert set(reduced) >= expected and len(reduced) == len(set(reduced))
-            assert {name for kind, name in inside if kind == "reduce"} >= expected - {"head"}
-            first = inside.index(["reduce", "attention"])
-            assert all("attention" not in name.split(".") for kind, name in inside[first:] if kind == "gradient")
+            expected = {f"{kind}.{depth}" for kind in ("mlp", "qk", "vo") for depth in ("early", "late")}
+            if step % 2:
+                expected |= {"head", "small", "mudd", "bigram_table", *(f"value_tables.{n}" for n in range(5))}
+                expected |= {"embedding"} if step > 4 else set()
+            assert set(reduced) == expected and len(reduced) == len(expected)
+            assert {name for kind, name in inside if kind == "reduce"} >= expected - {"head", "embedding"}
+            for group in ("qk.late", "qk.early"):  # right after its first layer
+                first, layer = inside.index(["reduce", group]), {"qk.late": 5, "qk.early": 0}[group]
+                after = {name for kind, name in inside[first:] if kind == "gradient"}
+                assert not any(f"blocks.{i}.qk" in after for i in range(layer, 11))
+                assert f"blocks.{max(0, layer - 1)}.mlp" in after or group == "qk.early"
             waits = [name for kind, name in events[events.index(["backward", "ended"]):] if kind == "wait"]
             assert set(waits) == set(reduced) and len(waits) == 2 * len(reduced)
 
 
-def test_warm_up_takes_turns_exchanges_nothing_and_puts_numbers_back(corpus, tmp_path):
+def test_warm_up_shares_stages_exchanges_nothing_and_puts_numbers_back(corpus, tmp_path):
+    """Process r alone compiles stage r; once all have, each runs all stages. Two steps are run of a stage."""
     ends = together(tmp_path, 2, warm, *command(corpus, base=STAGES))
     assert all(end.status == 0 for end in ends), [end.err for end in ends]
     first, second = (json.loads(end.out) for end in ends)
     assert first["restored"] and second["restored"]
-    steps = []
+    steps, expected = [], [[0, 1, *range(8)], [2, 3, *range(8)]]
     for events in (first["events"], second["events"]):
         border = [kind for kind, *_ in events].index("warm")
         assert not any(kind == "exchange" for kind, *_ in events[:border])
         assert any(kind == "exchange" for kind, *_ in events[border:])  # again after it
         steps.append([event for event in events[:border] if event[0] == "step"])
-    assert len(steps[0]) == len(steps[1]) == 8
-    assert max(end for _, _, end in steps[0]) <= min(begin for _, begin, _ in steps[1])
+    assert [[step for *_, step in of_process] for of_process in steps] == expected
+    assert max(end for of_process in steps for _, _, end, _ in of_process[:2]) <= min(
+        of_process[2][1] for of_process in steps)
 
 
 def test_a_second_process_finds_compiled_code_on_disk(tmp_path):

@@ -130,7 +130,7 @@ def test_run_sh_goes_on_with_a_run(copy, tmp_path):
     assert (checkpoint.parent / "model.pt").exists()
 
 
-@pytest.mark.parametrize("spelling", ["--train-files {} --val_files={} --out {}"])
+@pytest.mark.parametrize("spelling", ["--train-files {} --val-files={} --out {}"])
 def test_relative_files_are_meant_from_where_the_user_stands(copy, tmp_path, spelling):
     shutil.copytree(copy / "data" / "text", tmp_path / "mine")
     files = spelling.format("'mine/text_train_*.bin'", "'mine/text_val_*.bin'", "runs")

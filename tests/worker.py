@@ -162,7 +162,7 @@ def spoil(wanted: int, what: str) -> None:
 
     def step_or_trouble(model, groups, batch, step):
         if step + 1 == wanted and what == "weight":
-            groups["mlp"].shard[0, 0, 0] = torch.nan  # in the slice that this process keeps
+            groups["mlp.late"].shard[0, 0, 0] = torch.nan  # in the slice that this process keeps
         elif step + 1 == wanted and what == "loss":
             return train_step(model, groups, batch, step) * torch.nan
         elif step + 1 == wanted and what == "rows":  # as a defect of the hardware may do it
@@ -215,7 +215,7 @@ def prepared(arguments: tuple[str, ...]):
     processes = train_gpt2.start_processes(config)
     config, *_ = train_gpt2.for_device(config, processes)
     data = train_gpt2.open_data(config)
-    model = train_gpt2.GPT(config, data.train.vocabulary)
+    model = train_gpt2.GPT(config, data.train.vocabulary, data.prefixes)
     return model, lambda: train_gpt2.optimizer_groups(model, processes), processes, data
 
 
@@ -253,7 +253,7 @@ def order(*arguments: str) -> None:
 
 def warm(*arguments: str) -> None:
     """Warm up after two steps, then take one more. Prints what was done when, and whether all numbers
-    were put back. Process 0 is slow, so that the other would overtake it if it could."""
+    were put back. Process 0 is slow, so that the other would run ahead if it could."""
     model, groups_of, processes, data = prepared(arguments)
     groups, events = groups_of(), []
     batches = train_gpt2.step_batches(data.train, model.config, processes)
@@ -266,7 +266,7 @@ def warm(*arguments: str) -> None:
             result = call(*anything, **settings)
             if kind == "step" and processes.rank == 0:
                 time.sleep(0.1)
-            events.append([kind, begin, time.monotonic()])
+            events.append([kind, begin, time.monotonic(), anything[3] if kind == "step" else None])
             return result
         return with_times
 
