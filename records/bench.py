@@ -61,7 +61,7 @@ PEERS = {  # our options that match it, tokens of its update, steps before its c
         (r"^( +val_loss_every.*= )\d+", r"\g<1>10"), (r"(descent_tuning = )True", r"\1False"),
         (r"(F\.rms_norm\(\w+, \(\w+\.size\(-1\),\))\)", r"\1, eps=2**-7)"))),
     # 2025-08-23_SparseAttnGate/020630eb-2191-4ba2-9ee4-4cdc94316943.txt
-    "28": (f"--preset gpt2 --steps 60 {SHORT}", 393_216, 0, (
+    "28": (f"--preset gpt2 --steps 60 --prefix-weight 0 {SHORT}", 393_216, 0, (
         *PATCHES, (r"^( +num_iterations.*= )\d+", r"\g<1>40"), (r"^( +val_loss_every.*= )\d+", r"\g<1>8"),
         ("final/", "")))}
 

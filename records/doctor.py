@@ -16,6 +16,7 @@ import tempfile
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
@@ -114,7 +115,7 @@ def attention(config, gpus):
     exact = [part.clone().requires_grad_() for part in parts[:3]]
     moved = [part.to("cuda" if gpus else "cpu", dtype, copy=True).requires_grad_() for part in parts[:3]]
     expected = (exact[0] @ exact[1].mT).masked_fill(~seen[:, None], -torch.inf).softmax(-1) @ exact[2]
-    first_key = train_gpt2.first_visible_key(starts.to(moved[0].device), window)
+    first_key = train_gpt2.first_visible_key(train_gpt2.document_starts(starts.to(moved[0].device)), window)
     mask = train_gpt2.block_mask(first_key) if gpus else train_gpt2.span_mask(first_key)
     found = train_gpt2.compiled_if(gpus > 0, train_gpt2.attention)(*moved, mask)
     for output in (expected, found):
@@ -130,11 +131,15 @@ def float8_head(config, gpus):
     hidden = torch.randn(512, config.width, generator=draw).to(device, torch.bfloat16)
     head = (config.width**-0.5 * torch.randn(1024, config.width, generator=draw)).to(device)
     targets = torch.randint(-1, 1024, (512, 1), generator=draw).to(device)
-    narrow = train_gpt2.to_float8(head, train_gpt2.HEAD_UNIT, torch.float8_e4m3fn)
-    for weights, transposed in ((head.bfloat16(), None), (narrow, narrow.mT.contiguous())):
-        results.append(train_gpt2.compiled_if(gpus > 0, train_gpt2.chunk_loss)(
-            hidden, weights, transposed, targets, [torch.ones(())], config.softcap, True))
-    loss, _, *gradients = map(relative_error, results[1], results[0])
+    for float8 in (False, True):
+        model = SimpleNamespace(float8=float8, config=config, **{
+            name: train_gpt2.compiled_if(gpus > 0, getattr(train_gpt2, name))
+            for name in ("quantised", "chunk_losses", "chunk_gradient")})
+        leaves = [part.clone().requires_grad_() for part in (hidden, head)]
+        loss, _ = train_gpt2.ChunkedLoss.apply(*leaves, targets, [torch.ones(())], model, True)
+        loss.backward()
+        results.append((loss, *(leaf.grad for leaf in leaves)))
+    loss, *gradients = map(relative_error, results[1], results[0])
     good = loss < 0.01 and all(error < 0.15 for error in gradients)
     return needs_mending(not good, f"loss off by {loss:.1e}, gradients by {max(gradients):.1e}, at most 1e-02 and "
                          "1.5e-01" + "; give --head-dtype wide" * (not good))

@@ -82,9 +82,9 @@ def recorded(config: train_gpt2.Config, stage: int, processes: train_gpt2.Proces
     steps = stretch.steps(COMPILING + 2 * period, period)
     activities = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * (processes.device.type == "cuda")]
     with tempfile.TemporaryDirectory() as folder:
-        stream, rows = timing.open_rows(config, folder)
+        stream, prefixes, rows = timing.open_rows(config, folder)
         print(f"{rows}; --preset {config.preset}, stage {stretch.name}, {processes.device.type}, {config.dtype}")
-        model = train_gpt2.GPT(config, stream.vocabulary, float8, compiled).to(processes.device)
+        model = train_gpt2.GPT(config, stream.vocabulary, prefixes, float8, compiled).to(processes.device)
         groups = train_gpt2.optimizer_groups(model, processes)
         batches = timing.stretch_batches(stream, config, stretch.stages[0], len(steps), processes)
 

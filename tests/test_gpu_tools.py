@@ -117,15 +117,16 @@ def test_the_doctor_knows_what_fits(free, gpus, needle, monkeypatch):
         doctor.memory(config, gpus)
 
 
-@pytest.mark.parametrize(("part", "factor"), [(0, 1.0), (0, 1.02), (2, 1.2), (3, 1.2), (2, torch.nan)])
-def test_the_float8_head_is_held_against_the_wide_one(part, factor, tmp_path, monkeypatch):
-    """One of its results, the loss or a gradient, is off by a factor."""
-    def off(hidden, head, transposed, *rest, right=train_gpt2.chunk_loss):
-        results = list(right(hidden, head, transposed, *rest))
-        results[part] = results[part] * (1.0 if transposed is None else factor)
-        return results
+@pytest.mark.parametrize(("number", "factor"), [(0, 1.0), (0, 1.2), (1, 1.2), (2, 1.2), (1, torch.nan)])
+def test_the_float8_head_is_held_against_the_wide_one(number, factor, tmp_path, monkeypatch):
+    """One of its products, logits or a gradient, is off by a factor."""
+    factors = [1.0, 1.0, 1.0]
+    factors[number] = factor
 
-    monkeypatch.setattr(train_gpt2, "chunk_loss", off)
+    def off(*arguments, right=train_gpt2.float8_product, **named):
+        return right(*arguments, **named) * factors.pop(0)
+
+    monkeypatch.setattr(train_gpt2, "float8_product", off)
     if factor == 1.0:
         assert "off by" in doctor.float8_head(configuration(tmp_path), 0)
         return

@@ -27,9 +27,10 @@ SIZES = timing.model_sizes(GPT2, 50257)
 EIGHT_ROWS = {"row_tokens": (256,), "val_row_tokens": 256, "tokens_per_step": (2048,), "micro_tokens": 2048,
               "window": (64,), "window_short": (32,), "loss_chunk": 256, "width": 64, "heads": 2}
 FEW_LAYERS = {
-    "five-minute": {"layers": 2},
-    "gpt2": {"layers": 3, "short_layers": (1,), "paired_layers": (0,), "attention_free": (2,),
-             "value_layers": (0, 1), "gated_skip": (0, 2), "backout": (1,)}}
+    "five-minute": {"layers": 4},
+    "gpt2": {"layers": 5, "short_layers": (1, 3), "paired_layers": (0,), "attention_free": (2,), "value_layers": (0, 1, 4),
+             "gated_skip": (0, 2), "attention_source": (1,), "xsa_layers": (0, 1, 4), "bigram_width": 16,
+             "bigram_signs": 50}}
 FEW = {name: train_gpt2.spelled(value) for name, value in FEW_LAYERS["gpt2"].items()}
 
 
@@ -37,7 +38,7 @@ FEW = {name: train_gpt2.spelled(value) for name, value in FEW_LAYERS["gpt2"].ite
 def test_flops_of_weights_are_those_of_the_products_that_are_executed(preset, monkeypatch):
     """Without gates, whose 12 channels count as no work of the model."""
     model = small_model(preset=preset, dtype="float32", attention_gates=False, value_gates=False, gated_skip=(),
-                        smear=False, row_tokens=(64,), tokens_per_step=(128,), predicted_tokens=1, loss_chunk=64)
+                        smear=False, row_tokens=(64,), tokens_per_step=(128,), loss_chunk=64, xsa_layers=())
     with FlopCounterMode(display=False) as counter:
         model.loss(random_batch(2, 64), phase_at(0, model.config))[0].backward()
     counted = sum(flop for op, flop in counter.get_flop_counts()["Global"].items()
@@ -46,19 +47,32 @@ def test_flops_of_weights_are_those_of_the_products_that_are_executed(preset, mo
     sizes, stretch = timing.model_sizes(model.config, 50), timing.stretches(model.config)[0]
     assert timing.step_flops(model.config, sizes, stretch) == counted > 1e6
     monkeypatch.setattr(timing, "visited_keys", lambda _, starts, __: 100 * starts.numel())
-    head_width = model.config.width // model.config.heads
+    head_width, own = model.config.width // model.config.heads, replace(model.config, xsa_layers=(0, 2))
     assert timing.step_flops(model.config, sizes, stretch) == counted + 128 * 100 * 12 * head_width
+    # Three sums or products of a number each, forward; backward twice as many; two layers.
+    assert timing.step_flops(own, sizes, stretch) == counted + 128 * (100 * 12 * head_width + 2 * 18 * own.width)
 
 
 def test_visited_keys_are_those_of_the_dense_mask():
     """Paired layers: 2 T positions, of which the first of a token may open a document, half the heads."""
     model, starts, expected = small_model(preset="gpt2"), random_batch(3, 64).starts, 0
     two = torch.stack((starts, torch.zeros_like(starts)), -1).flatten(1)
-    for layer in model.plan:
-        if layer.attends:
-            seen = int(dense_mask(two if layer.paired else starts, (24, 8)[layer.short]).sum())
-            expected += seen * model.config.heads // (1 + layer.paired)
+    for block in model.blocks:
+        if block.attends:
+            seen = int(dense_mask(two if block.paired else starts, (24, 8)[block.short]).sum())
+            expected += seen * model.config.heads // (1 + block.paired)
     assert timing.visited_keys(model.config, starts, (24, 8)) == expected
+
+
+def test_the_whole_run_costs_what_its_specification_says():
+    """About 0.70 to 0.73 GFLOP a token: 114 million numbers of matrices and head, and some 130 keys of a layer."""
+    stages = timing.stretches(GPT2)
+    each = [timing.step_flops(GPT2, SIZES, s) / train_gpt2.value_at(GPT2.tokens_per_step, s.stages[0]) for s in stages]
+    matrices = 6 * (50_304 * 768 + 10 * 4 * 768**2 + 11 * 8 * 768**2)
+    assert all(low < high for low, high in zip(each, each[1:], strict=False))
+    assert all(1.01 * matrices < flop < 1.09 * matrices for flop in each)
+    total = sum((s.end - s.begin) * timing.step_flops(GPT2, SIZES, s) for s in stages)
+    assert total == pytest.approx(260e15, rel=0.01)
 
 
 @pytest.mark.parametrize(("preset", "dtype"), [("gpt2", "bfloat16"), ("gpt2", "float32"), ("tiny", "bfloat16")])
@@ -66,7 +80,7 @@ def test_visited_keys_are_those_of_the_dense_mask():
 def test_weights_gradients_and_state_are_predicted_to_the_byte(preset, dtype, world, monkeypatch):
     monkeypatch.setattr(train_gpt2.dist, "broadcast", lambda *_: None)
     config = small_config(preset, dtype=dtype, bigram=3, **EIGHT_ROWS)
-    model = GPT(config, 250)
+    model = GPT(config, 250, [0] * 250 if config.prefix_weight else None)
     groups = optimizer_groups(model, Processes(1 % world, world, ALONE.device)).values()
     found = timing.predicted_memory(config, timing.model_sizes(config, 250), world)
     assert found["weights"] == sum(g.weights.nbytes for g in groups)
@@ -83,8 +97,8 @@ def test_compiled_activations_are_predicted_within_a_twentieth(preset, recompute
     not, so SDPA stands in for it, but for the numbers that it makes of masks."""
     def masks(model, starts, windows):
         two = torch.stack((starts, torch.zeros_like(starts)), -1).flatten(1)
-        return {(layer.short, layer.paired): dense_mask(two if layer.paired else starts, windows[layer.short])[:, None]
-                for layer in model.plan if layer.attends}
+        return {(block.short, block.paired): dense_mask(two if block.paired else starts, windows[block.short])[:, None]
+                for block in model.blocks if block.attends}
 
     def note(tensor):
         memory, (*_, heads, rows, columns) = tensor.untyped_storage(), (0, 0, 0, 0, *tensor.shape)
@@ -101,7 +115,7 @@ def test_compiled_activations_are_predicted_within_a_twentieth(preset, recompute
     torch._dynamo.config.recompile_limit = 1000
     config = small_config(preset, dtype="float32", recompute=recompute, **EIGHT_ROWS, **FEW_LAYERS[preset])
     model = GPT(config, 128, compiled=True)
-    own, kept = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
+    own, kept = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers())}, {}
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), torch._dynamo.config.patch(
             recompile_limit=64):
         assert model.loss(random_batch(8, 256, 120), phase_at(0, config))[0].requires_grad
@@ -109,18 +123,18 @@ def test_compiled_activations_are_predicted_within_a_twentieth(preset, recompute
     assert predicted == pytest.approx(sum(kept.values()), rel=0.05)
 
 
-@pytest.mark.parametrize(("preset", "mib"), [("five-minute", 26_459), ("gpt2", 28_466)])
-def test_the_peaks_that_an_h100_had_are_predicted(preset, mib):
-    config = Config(**preset_values(preset) | {"dtype": "bfloat16"})
+def test_the_peak_that_an_h100_had_is_predicted():
+    """With the chunks of the loss as they were then."""
+    config = Config(**preset_values("five-minute") | {"dtype": "bfloat16", "loss_chunk": 8192})
     predicted = timing.predicted_memory(config, timing.model_sizes(config, 50257), 1)
-    assert sum(predicted.values()) / MIB == pytest.approx(mib, rel=0.02)
+    assert sum(predicted.values()) / MIB == pytest.approx(26_459, rel=timing.ACCURACY)
 
 
 def test_memory_falls_with_recomputation_and_processes():
     whole, shared = (timing.predicted_memory(GPT2, SIZES, world) for world in (1, 8))
     less = timing.predicted_memory(replace(GPT2, recompute=True, loss_chunk=2048), SIZES, 1)
     assert sum(less.values()) < 0.5 * sum(whole.values())
-    assert 7.9 * shared["optimizer"] < whole["optimizer"] < 8.1 * shared["optimizer"]
+    assert 7.5 * shared["optimizer"] < whole["optimizer"] < 8 * shared["optimizer"]  # matrices are not divided
 
 
 def fitting(gib: float, world: int = 1) -> dict | None:
@@ -128,21 +142,22 @@ def fitting(gib: float, world: int = 1) -> dict | None:
 
 
 def test_the_first_settings_that_fit_change_no_more_than_they_must():
-    """Fewer tokens of a pass first, then recomputation, then shorter chunks; nothing if nothing helps."""
+    """Fewer tokens of a pass first, then shorter chunks, then recomputation; nothing if nothing helps."""
     assert fitting(80) == fitting(40) == {} and fitting(2) is None
     seen = []
-    for gib in range(32, 12, -1):
+    for gib in range(36, 12, -1):
         if changes := fitting(gib):
             for name in changes:
                 less = replace(GPT2, **{other: value for other, value in changes.items() if other != name})
                 assert timing.needed_memory(less, SIZES, 1) > gib * GIB
             assert timing.needed_memory(replace(GPT2, **changes), SIZES, 1) <= gib * GIB
             seen.append(tuple(changes))
-    assert list(dict.fromkeys(seen)) == [("micro_tokens",), ("recompute",), ("recompute", "loss_chunk")]
+    assert list(dict.fromkeys(seen)) == [("micro_tokens",), ("micro_tokens", "loss_chunk"), ("recompute",),
+                                         ("recompute", "loss_chunk")]
 
 
 @pytest.mark.parametrize(("memories", "options", "printed"), [
-    ([80, 80], [], ""), ([80, 28], [], "--micro-tokens 32768"), ([20], [], "--recompute true"), ([2], [], ""),
+    ([80, 80], [], ""), ([80, 33], [], "--micro-tokens 32768"), ([25], [], "--recompute true"), ([2], [], ""),
     ([20], ["--micro-tokens", "65536"], ""), ([20], ["--device", "cpu"], ""), ([], [], "")])
 def test_fit_prints_what_the_smallest_gpu_needs_and_nothing_else(memories, options, printed, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(memories))
@@ -182,9 +197,9 @@ def test_steps_with_adam_and_without_weigh_as_often_as_they_occur():
 def test_stages_cover_the_run_once_and_equal_ones_are_measured_together():
     apart, together = (timing.stretches(config) for config in (Config(), Config(**preset_values("five-minute"))))
     assert [s.name for s in apart] == ["0", "1", "2", "3"] and [s.name for s in together] == ["0-2"]
-    assert [(s.begin, s.end) for s in apart] == [(0, 520), (520, 1040), (1040, 1560), (1560, 1600)]
+    assert [(s.begin, s.end) for s in apart] == [(0, 455), (455, 910), (910, 1365), (1365, 1375)]
     assert together[0][1:] == (0, 1875)
-    assert apart[1].steps(4, 2) == [780, 781, 782, 783]
+    assert apart[1].steps(4, 2) == [682, 683, 684, 685]
     short = timing.Stretch((0,), 4, 7)
     assert short.steps(2, 2) == [5, 6] and short.steps(5, 2) == [5, 4, 5, 4, 5]
     assert short.steps(4, 1) == [5, 6, 4, 5] and timing.Stretch((0,), 4, 5).steps(3, 2) == [4, 4, 4]
@@ -208,7 +223,7 @@ def test_communication_is_the_time_of_waiting(corpus):
     config = train_gpt2.parse_command_line(command(corpus, SMALL))
     model = GPT(config, 257)
     groups = optimizer_groups(model, ALONE)
-    groups["mlp"].work = SimpleNamespace(wait=lambda: time.sleep(0.2))
+    groups["mlp.early"].work = SimpleNamespace(wait=lambda: time.sleep(0.2))
     batches = timing.stretch_batches(train_gpt2.TokenStream(config.train_files), config, 0, 2, ALONE)
     (_, slow), (_, fast) = timing.sectioned_steps(model, groups, batches, [0, 1], ALONE)
     batches.close()
