@@ -2149,7 +2149,8 @@ def peak_memory(processes):
     if processes.device.type == "cuda":
         return torch.cuda.max_memory_allocated(processes.device) / 2**20
     import resource
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 # --------------------------------------------------------------------------------------------------
