@@ -534,9 +534,10 @@ def read_prefixes(stream):
     if not os.path.isfile(path):
         raise UserError(f"the prefix loss needs {path}; make it: {shard_command(path)}; or give "
                         "--prefix-weight 0")
-    prefixes = np.fromfile(path, "<i4")
-    if len(prefixes) != stream.vocabulary or prefixes.min() < -1 or prefixes.max() >= stream.vocabulary:
-        raise damaged(path, f"is not {stream.vocabulary} tokens or -1 as int32")
+    prefixes, count = np.fromfile(path, "<i4"), stream.vocabulary
+    whole = os.path.getsize(path) == 4 * count
+    if not whole or prefixes.min() < -1 or prefixes.max() >= count:
+        raise damaged(path, f"is not {count} tokens or -1 as int32")
     return prefixes if prefixes.max() >= 0 else None
 
 
