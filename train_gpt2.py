@@ -281,10 +281,10 @@ PRESETS = {
         attention_source=(10,), xsa_layers=(1, 2, 4, 5, 6, 8, 10, 11, 12, 13, 15),
         gated_skip=(4, 9), muon_lr=0.015)),
     "gpt2-xl": Preset((), dict(  # about 1.5B parameters; not proven
-        steps=20_000, layers=26, heads=12, width=1536, paired_layers=(0, 5, 12, 22),
-        attention_free=(15,), short_layers=tuple(i for i in range(26) if i not in (8, 15, 25)),
-        value_layers=(1, 2, 23, 24, 25), attention_source=(17,), gated_skip=(8, 15),
-        xsa_layers=tuple(i for i in range(1, 26) if i not in (5, 12, 15, 22)), muon_lr=0.01)),
+        steps=20_000, layers=29, heads=12, width=1536, paired_layers=(0, 5, 14, 25),
+        attention_free=(16,), short_layers=tuple(i for i in range(29) if i not in (8, 16, 28)),
+        value_layers=(1, 2, 26, 27, 28), attention_source=(19,), gated_skip=(8, 16),
+        xsa_layers=tuple(i for i in range(1, 29) if i not in (5, 14, 16, 25)), muon_lr=0.01)),
 }
 
 

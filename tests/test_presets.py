@@ -12,7 +12,7 @@ from train_gpt2 import (GPT, PRESETS, TECHNIQUES, Config, Recipe, check_config, 
 
 @pytest.mark.parametrize("preset, parameters, tokens", [
     ("gpt2", 490_907_981, 361_758_720), ("five-minute", 162_201_641, 983_040_000),
-    ("gpt2-medium", 702_721_241, 1_247_019_008), ("gpt2-xl", 1_412_609_789, 5_261_885_440)])
+    ("gpt2-medium", 702_721_241, 1_247_019_008), ("gpt2-xl", 1_497_544_937, 5_261_885_440)])
 def test_sizes(preset, parameters, tokens):
     config = Config(**preset_values(preset) | {"dtype": "bfloat16"})
     with torch.device("meta"):
