@@ -187,7 +187,7 @@ class Config(Recipe):
     compile: str = setting("auto", "auto: torch.compile on a GPU", choices=("auto", "none"))
     micro_tokens: int = setting(0, "of a forward pass, at least a row; 0: 65536 on a GPU, 1024 on a CPU")
     recompute: bool = setting(False, "recompute activations in backward, for small memories")
-    loss_chunk: int = setting(24_576, "tokens whose logits are held at once", 1)
+    loss_chunk: int = setting(16_384, "tokens whose logits are held at once", 1)
     timeout: int = setting(300, "seconds of waiting for another process", 1, 86_400)
 
 
