@@ -2088,7 +2088,7 @@ class RunLog(contextlib.AbstractContextManager):
                 f"another process writes to {folder}; give another --out, or --resume none") from None
         if not self.text.tell():
             self.text.write(Path(__file__).read_text(encoding="utf-8") + "\n" + "=" * 100 + "\n")
-        self.folder, done = folder, saved["step"] if saved else 0
+        self.folder, done = folder, saved["progress"].step if saved else 0
         self.bar = tqdm(total=config.steps, initial=done, unit="step", disable=None)
 
     def __exit__(self, _kind, error, _trace):
@@ -2235,7 +2235,8 @@ def read_checkpoint(path, wanted=None):
         with zipfile.ZipFile(path) as archive:
             if part := archive.testzip():
                 raise ValueError(f"{part} is damaged")
-        return saved | {"path": str(path), "config": config}
+        progress = Progress(*(saved[name] for name in Progress._fields))
+        return saved | {"path": str(path), "config": config, "progress": progress}
     except Exception as error:  # whatever reading and unpickling may raise
         raise UserError(
             f"cannot use {path} as a checkpoint of this train_gpt2.py: {error!r:.160}; "
@@ -2294,7 +2295,7 @@ def restore(saved, model, groups):
         for name, group in groups.items():
             for buffer, whole in zip(group.state, saved["state"][name], strict=True):
                 group.load(buffer, whole)
-        return Progress(*(saved[name] for name in Progress._fields))
+        return saved["progress"]
     except Exception as error:  # whatever missing and misshapen tensors lead to
         raise UserError(f"cannot use {saved['path']}: {error!r:.160}") from None
 
