@@ -65,6 +65,7 @@ elif "$python" -c 'import xdist' 2>/dev/null; then
     parallel=(-n 4)  # compiling keeps processors busy, not the GPU
 fi
 [[ -z "$corpus" ]] || data=(--train-files "$corpus/*_train_*.bin" --val-files "$corpus/*_val_*.bin")
+[[ -z "$corpus" || -f "$corpus/prefixes.bin" ]] || data+=(--prefix-weight 0)  # data/fineweb.py makes the table
 
 rows=() failed=0
 step() {  # name, limit in seconds, how sed finds its figures in the log, command
