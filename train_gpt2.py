@@ -989,7 +989,7 @@ class Block(nn.Module):
             if self.skip_gate is not None:
                 share = (2 * share.sigmoid() * gate(shared.x0, self.skip_gate)).to(x.dtype)[..., None]
             x = x + share * skip
-        if residual is not None and output is None:
+        if residual is not None and output is None:  # mixed once, before the block
             x, injected = residual * x + injected, None
         normed = rms_norm(x if source is None else source, self.epsilon)
         added = None if embedding is None else embedding.unflatten(-1, (self.heads, -1))  # (#14)
@@ -997,7 +997,7 @@ class Block(nn.Module):
             half = self.value_gate.shape[-1] // 2
             seen = torch.cat((normed[..., :half], embedding[..., :half]), dim=-1)
             added = 2 * gate(seen, self.value_gate)[..., None] * added
-        if self.mudd is not None:
+        if self.mudd is not None:  # the same mixtures, by the token
             weights, streams = self.mudd(x), (shared.x0, source, x)
             halves = torch.cat(weights[6:8], dim=-1).repeat_interleave((self.heads + 1) // 2, dim=-1)
             added = 0 if added is None else halves[..., :self.heads, None] * added
@@ -1055,7 +1055,8 @@ def skip_sources(config):
     """By layer, the earlier one whose output it receives: one through a gate (#45, #55), or all of the
     second half those of the first, mirrored (U-net, #11)."""
     half = range(config.layers // 2 if config.unet_skips else 0)
-    return {config.layers - 1 - i: i for i in half} | dict([config.gated_skip[::-1]] * bool(config.gated_skip))
+    gated = [config.gated_skip[::-1]] if config.gated_skip else []
+    return {config.layers - 1 - i: i for i in half} | dict(gated)
 
 
 def run_block(block, *arguments):
@@ -1088,7 +1089,8 @@ class GPT(nn.Module):
         self.value_tables = nn.ParameterList(
             (VALUE_INIT * torch.randn(padded, width, generator=draw)).to(self.dtype) for _ in self.table_of)
         channels = min(config.bigram_width, width)
-        self.bigram_table = parameter(config.bigram * padded, channels, dtype=self.dtype, used=config.bigram > 0)
+        self.bigram_table = parameter(
+            config.bigram * padded, channels, dtype=self.dtype, used=config.bigram > 0)
         signs = torch.rand(config.bigram_signs, channels, generator=draw).sub(0.5).sign().to(self.dtype)
         self.register_buffer("signs", signs if config.bigram_signs * config.bigram else None)
         self.entrance, self.exit = Entrance(config, self.dtype), Exit(config, self.dtype, draw)
@@ -1112,24 +1114,26 @@ class GPT(nn.Module):
         if self.signs is not None:
             signs = F.embedding(sign_rows(inputs, len(self.signs)), self.signs)
         x0, bigram, injected = run(self.entrance, embedding, bigram, signs)
-        positions, channels = inputs.shape[1] * (2 if config.paired_layers else 1), head_channels(config)[0]
-        tables = rotary_tables(self.frequencies[phase.stage], positions, channels, self.dtype)
-        shared = Shared(x0, bigram, *tables, self.scales[phase.stage])
-        x, source, first_value, early, kept = x0, None, None, None, {}
+        positions = inputs.shape[1] * (2 if config.paired_layers else 1)
+        channels, _ = head_channels(config)
+        factors = rotary_tables(self.frequencies[phase.stage], positions, channels, self.dtype)
+        shared = Shared(x0, bigram, *factors, self.scales[phase.stage])
+        x, source, first_value, first_embedding, outputs = x0, None, None, None, {}
         for i, block in enumerate(self.blocks):
-            mask, values, before = masks.get((block.short, block.paired)), None, x
+            mask, embedding, before = masks.get((block.short, block.paired)), None, x
             if i in self.table_of:
-                values = F.embedding(inputs, self.value_tables[self.table_of[i]])
-                early = values if early is None else early
-            x, value = run(block, x, shared, mask, injected.pop(i, None), kept.get(skips.get(i)),
-                           source, values, first_value)
+                embedding = F.embedding(inputs, self.value_tables[self.table_of[i]])
+                first_embedding = embedding if first_embedding is None else first_embedding
+            x, value = run(block, x, shared, mask, injected.pop(i, None), outputs.get(skips.get(i)),
+                           source, embedding, first_value)
             if i in skips.values():
-                kept[i] = x
+                outputs[i] = x
             if i in config.attention_source:  # (#77)
                 source = x
             if config.value_residual and i == 0:
                 first_value = value
-        return run(self.exit, x, (x0, source, before, early, next(iter(kept.values()), None)))
+        skipped = next(iter(outputs.values()), None)
+        return run(self.exit, x, (x0, source, before, first_embedding, skipped))
 
     def loss(self, batch, phase):
         """Sums, not means, of cross-entropies in nats, () and at least float32: of all targets of every
@@ -1211,7 +1215,8 @@ def chunk_losses(z, targets, weights, cap):
 
 def chunk_gradient(z, normaliser, targets, weights, cap, float8):
     """The gradient of the weighted loss by z, (n, V); in float8, also its transpose."""
-    (logits, derivative), token = softcap(z.to(wide(z.dtype)), cap), torch.arange(z.shape[1], device=z.device)
+    logits, derivative = softcap(z.to(wide(z.dtype)), cap)
+    token = torch.arange(z.shape[1], device=z.device)
     counted = sum(weight * (targets[:, k:k + 1] >= 0) for k, weight in enumerate(weights))
     wanted = sum(weight * (token == targets[:, k:k + 1]) for k, weight in enumerate(weights))
     gradient = ((logits - normaliser).exp() * counted - wanted) * derivative
