@@ -19,7 +19,6 @@ from train_gpt2 import (  # noqa: E402
     GPT2_SEPARATOR,
     GPT2_VOCABULARY,
     Config,
-    Processes,
     TokenStream,
     block_mask,
     first_visible_key,
