@@ -1,6 +1,6 @@
 """Train a GPT-2-class model to 3.28 validation loss on FineWeb, as fast as 8 H100s can, in one file.
 
-    torchrun --standalone --nproc_per_node=8 train_gpt2.py    # gpt2: what 83 records of the speedrun found
+    torchrun --standalone --nproc_per_node=8 train_gpt2.py    # gpt2: what 84 records of the speedrun found
     python train_gpt2.py --preset five-minute                 # record 12, where it came from
     python train_gpt2.py --preset tiny                        # a small model, on a CPU
     python train_gpt2.py --help                               # every setting
@@ -11,8 +11,8 @@ Part I is the recipe, in the order in which data flows:
 
 Part II is the machinery: command line, processes, log, checkpoints, clock and signals, errors.
 
-Importing this file does nothing. State lives in three places only: a frozen Config, the model's
-parameters, the optimizers' buffers. (#49) is record 49 of the speedrun, which brought a technique.
+Importing this file does nothing. What is learned lives in the model's parameters and the optimizers'
+buffers; a frozen Config says how, a Progress how far. (#49) is record 49 of the speedrun, which brought a technique.
 Shapes: R rows, T tokens of a row, D width, H heads, K = D / H, V vocabulary. Arguments that have a
 shape are tensors; config, model, groups, stream, phase, processes and step are what they are called.
 """
@@ -65,8 +65,8 @@ STAGES = 3  # equal parts of the schedule; the extension after them is one more
 
 
 def setting(default, text, low=0.0, high=1e18, choices=(), by_stage=False):
-    """A field of Config. Lists by stage hold a value per stage, and the last value repeats; other
-    lists of whole numbers are of any length, of other numbers as long as the default."""
+    """A field of Config. by_stage: 1 to 4 values, the last one repeats. Else a list of whole numbers
+    has any length, a list of other numbers the default's."""
     many = type(default) is tuple
     kind = type(default[0] if many else default)
     counts = range(1, STAGES + 2) if by_stage else range(1000)
@@ -118,7 +118,7 @@ class Recipe:
     rotary_base: float = setting(1024 ** (32 / 31), "slowest rotary wavelength / 2 pi", 1)
     rotary_share: float = setting(0.5, "share of the channels that rotary turns", 0, 1)
     yarn: int = setting(3, "window changes that rotary and the softmax scale follow")
-    key_offset: bool = setting(True, "still key channels come from the token before")
+    key_offset: bool = setting(True, "long, unpaired layers: still key channels from the token before")
     attention_gates: bool = setting(True, "each head can close itself")
     attention_mix: bool = setting(True, "learned scalars on attention's matrices")
     value_layers: Ints = setting((1, 2, 8, 9, 10), "layers that add a token embedding to values")
@@ -158,7 +158,7 @@ class Recipe:
     adam_embedding: Floats = setting((0.008, 0.5, 0.95, 0.75), ADAM + "embedding, once untied")
     adam_head: Floats = setting((0.008, 0.5, 0.95, 0.75), ADAM + "head, and tied embedding")
     adam_tables: Floats = setting((0.6, 0.75, 0.95, 0.025), ADAM + "value and bigram tables")
-    adam_gates: Floats = setting((0.008, 0.9, 0.99, 0.005), ADAM + "gates")
+    adam_gates: Floats = setting((0.008, 0.9, 0.99, 0.005), ADAM + "gates; MUDD a quarter of the rate")
     adam_residual: Floats = setting((0.04, 0.9, 0.95, 0.0), ADAM + "weights of the stream")
     adam_mixing: Floats = setting((0.008, 0.9, 0.95, 0.0), ADAM + "weights of what is added to it")
     adam_scalars: Floats = setting((0.04, 0.9, 0.99, 0.0), ADAM + "other scalars")
@@ -212,7 +212,7 @@ TECHNIQUES = {name: Technique(*rest) for name, *rest in (  # in the order of his
     ("attention-free", "one layer does well without attention", "17", {"attention_free": ()}),
     ("half-rotary", "half of the channels match by content alone", "17", {
         "rotary_base": 10_000.0, "rotary_share": 1.0}),
-    ("softcap", "no logit can be too sure", "18 54", {"softcap": (0.0, 1.0, 0.0)}),
+    ("softcap", "no logit can be too sure", "before 12, 18 54", {"softcap": (0.0, 1.0, 0.0)}),
     ("first-weights", "all start small, outputs not at zero", "19 53 64", {
         "attention_init": 3**-0.5, "output_init": 0.0, "mlp_init": 3**-0.5}),
     ("float8-head", "the largest products at twice the speed", "19 51 55", {"head_dtype": "wide"}),
@@ -546,7 +546,7 @@ class Cursor(NamedTuple):
 
     position: int = 0  # in the stream
     epoch: int = 0  # shuffled: how often all rows were drawn
-    left: int = 0  # shuffled: how many of the last ones are left
+    left: int = 0  # shuffled: how many rows of the last drawing are left
 
 
 class Batch(NamedTuple):
@@ -713,21 +713,16 @@ def block_mask(first_key):
                      BLOCK_SIZE=(MASK_BLOCK, MASK_BLOCK), mask_mod=interval_rule(first_key))
 
 
-class Span(NamedTuple):
-    queries: slice  # a block of them
-    keys: slice  # that any of them sees
-    visible: Tensor  # (R, 1, queries, keys) bool: which sees which
-
-
 def span_mask(first_key, block=2 * MASK_BLOCK):
-    """(R, T) int32 -> the same mask where FlexAttention has no backward, on a CPU."""
+    """(R, T) int32 -> the same mask for torch's own attention, where nothing is compiled: of each block
+    of queries, the keys that any of them sees, and (R, 1, queries, keys) bool which sees which."""
     row, position = (torch.arange(size, device=first_key.device) for size in first_key.shape)
     rule, spans = interval_rule(first_key), []
     for begin in range(0, len(position), block):
         queries = slice(begin, min(len(position), begin + block))
         keys = slice(int(first_key[:, begin].min()), queries.stop)
         visible = rule(row[:, None, None, None], None, position[queries, None], position[keys])
-        spans.append(Span(queries, keys, visible))
+        spans.append((queries, keys, visible))
     return spans
 
 
@@ -779,7 +774,8 @@ def rotary_tables(frequencies, positions, channels, dtype):
 
 def for_heads(table, tokens, heads, paired):
     """Factors of all positions -> those of each token, (T, 1, K). In paired layers a token has two
-    positions, and head h has 2 t + h mod 2, as in the record (#58): (T, H, K)."""
+    positions, and head h has 2 t + h mod 2 (#58): (T, H, K). In the mask the first half of the heads
+    has 2 t, the other 2 t + 1: two orders, as in the record."""
     if paired:
         return table[:2 * tokens].view(tokens, 2, -1).repeat(1, heads // 2, 1)
     return table[:tokens, None]
@@ -867,7 +863,8 @@ class Mudd(nn.Module):
     """Weights that depend on the token (MUDDFormer, #81), computed from the stream."""
 
     def __init__(self, values, config, dtype, draw):
-        """values: of the weights, at first, for every token."""
+        """values: of the weights, at first, for every token. Biases are ten times that, so that an
+        update of one moves its weight by a tenth."""
         super().__init__()
         first = uniform(MUDD_WIDTH, config.width, spread=3**-0.5, draw=draw)
         self.mudd_in = nn.Parameter(first.to(dtype))
@@ -925,7 +922,8 @@ class Exit(nn.Module):
         self.mudd = Mudd((0.0, -0.5, 0.0, 0.0, 0.0), config, dtype, draw) if config.mudd else None
 
     def forward(self, x, streams):
-        """(R, T, D), and as many streams as MUDD weighs, or None for one that there is not."""
+        """(R, T, D), and the streams that MUDD adds, or None: x0, attention's source, the one before the
+        last block, the first value embedding, the first output that is kept for a skip."""
         if self.mudd is not None:
             x = x + weighted(self.mudd(x), streams)
         return rms_norm(x, self.epsilon)
@@ -934,7 +932,7 @@ class Exit(nn.Module):
 class Shared(NamedTuple):
     """What all blocks of a pass see."""
 
-    x0: Tensor  # (R, T, D) the embedding
+    x0: Tensor  # (R, T, D) where the stream began: embedding, normed, and bigram
     bigram: Tensor | None  # (R, T, n)
     cosine: Tensor  # (positions, K)
     sine: Tensor
@@ -950,6 +948,7 @@ class Block(nn.Module):
         self.attends, self.paired = layer not in config.attention_free, layer in config.paired_layers
         self.short, (channels, self.turning) = layer in config.short_layers, head_channels(config)
         self.key_offset = config.key_offset and not (self.short or self.paired)
+        self.gives_values = config.value_residual and layer == 0
         scalar, gate_size = partial(parameter, dtype=wide(dtype)), min(GATE_CHANNELS, config.width)
 
         def matrices(number, rows, *spreads):
@@ -997,7 +996,10 @@ class Block(nn.Module):
             half = self.value_gate.shape[-1] // 2
             seen = torch.cat((normed[..., :half], embedding[..., :half]), dim=-1)
             added = 2 * gate(seen, self.value_gate)[..., None] * added
-        if self.mudd is not None:  # the same mixtures, by the token
+        # Weights by the token: 0 to 2 of streams in the values, 3 to 5 of the same in the stream, 6 and 7
+        # of the value embedding by half of the heads, 8 to 11 of stream, attention, x0 and bigram before
+        # the MLP, 12 and 13 of stream and MLP after it.
+        if self.mudd is not None:
             weights, streams = self.mudd(x), (shared.x0, source, x)
             halves = torch.cat(weights[6:8], dim=-1).repeat_interleave((self.heads + 1) // 2, dim=-1)
             added = 0 if added is None else halves[..., :self.heads, None] * added
@@ -1015,7 +1017,7 @@ class Block(nn.Module):
         up, down = self.mlp.to(x.dtype).unbind(0)
         hidden = F.linear(rms_norm(x, self.epsilon), up).relu().square() @ down  # ReLU^2 (Primer)
         x = x + hidden if output is None else residual[-1] * x + output[-1] * hidden
-        return x, value if first_value is None else None
+        return x, value if self.gives_values else None
 
     def attend(self, x, shared, mask, added, first_value):
         """What attention adds to the stream, (R, T, D), and this layer's own values, (R, T, H, K).
@@ -1091,8 +1093,8 @@ class GPT(nn.Module):
         channels = min(config.bigram_width, width)
         self.bigram_table = parameter(
             config.bigram * padded, channels, dtype=self.dtype, used=config.bigram > 0)
-        signs = torch.rand(config.bigram_signs, channels, generator=draw).sub(0.5).sign().to(self.dtype)
-        self.register_buffer("signs", signs if config.bigram_signs * config.bigram else None)
+        signs = 2 * torch.randint(2, (config.bigram_signs, channels), generator=draw) - 1
+        self.register_buffer("signs", signs.to(self.dtype) if config.bigram_signs * config.bigram else None)
         self.entrance, self.exit = Entrance(config, self.dtype), Exit(config, self.dtype, draw)
         frequencies, scales = zip(*(yarn(stage, config) for stage in range(STAGES + 1)), strict=True)
         self.register_buffer("frequencies", torch.stack(frequencies), persistent=False)
@@ -1130,8 +1132,7 @@ class GPT(nn.Module):
                 outputs[i] = x
             if i in config.attention_source:  # (#77)
                 source = x
-            if config.value_residual and i == 0:
-                first_value = value
+            first_value = value if block.gives_values else first_value
         skipped = next(iter(outputs.values()), None)
         return run(self.exit, x, (x0, source, before, first_embedding, skipped))
 
@@ -1168,7 +1169,7 @@ def attention_masks(model, starts, windows):
 # --------------------------------------------------------------------------------------------------
 # Loss. In: hidden states (N, D), head (V, D), targets (N, k). Out: the summed cross-entropy. Both
 # gradients are computed while the logits of a chunk are at hand: full logits (6.6 GB for 65,536
-# tokens) never exist, and nothing is done twice.
+# tokens) never exist, and no product is done twice.
 
 # Divisors before a cast to float8, as the records measured them (#51, #55): hidden states up to 100 and
 # weights up to 1.6 fit into e4m3, gradients up to 96 into e5m2.
@@ -1192,7 +1193,7 @@ def float8_product(a, b, unit, dtype, fast=False):
 
 def softcap(z, cap):
     """Logits h tanh((z + s) / r) and their derivative by z; h = 0: z itself. The cap keeps the model
-    from being too sure (Gemma 2, #18), the shift leaves room for unlikely tokens (#54). The tanh is
+    from being too sure (Gemma 2), the shift leaves room for unlikely tokens (#54). The tanh is
     written by the sigmoid, which GPUs compute faster."""
     height, extent, shift = cap
     if not height:
@@ -1224,7 +1225,8 @@ def chunk_gradient(z, normaliser, targets, weights, cap, float8):
 
 
 class ChunkedLoss(torch.autograd.Function):
-    """Sums of cross-entropies over chunks of config.loss_chunk tokens."""
+    """Sums of cross-entropies over chunks of config.loss_chunk tokens. The rows that pad the head count
+    among the tokens, in validation too, as in the records."""
 
     @staticmethod
     def forward(ctx, hidden, head, targets, weights, model, with_gradient):
@@ -1288,10 +1290,10 @@ class Group:
         self.name, self.parameters, self.config, self.world = name, parameters, config, processes.world
         item = parameters[0].shape[parameters[0].dim() - axes:]
         # Each parameter begins on 16 bytes: compiled kernels rely on what they saw of layer 0's.
-        step = 16 // math.gcd(16, item.numel() * parameters[0].element_size())
+        align = 16 // math.gcd(16, item.numel() * parameters[0].element_size())
         self.parts, self.length = [], 0
         for p in parameters:
-            begin = -(-self.length // step) * step
+            begin = -(-self.length // align) * align
             self.length = begin + p.numel() // item.numel()
             self.parts.append(slice(begin, self.length))
         share = -(-self.length // self.world)
@@ -1394,7 +1396,7 @@ def orthogonalise(update, kind, dtype):
 
 
 def equalised_axis(matrices):
-    """The axis of a mean square: NorMuon's is of each row, or where rows are longer, column (#80)."""
+    """Of NorMuon's mean squares: one for each row, in wide matrices one for each column (#80)."""
     return -1 if matrices.shape[-2] >= matrices.shape[-1] else -2
 
 
@@ -1466,7 +1468,7 @@ class Muon(Group):
             self.state.append(torch.zeros_like(self.shard, dtype=torch.int16))
         scale = average.new_zeros(len(self.weights))
         for part, factors in zip(self.parts, scales, strict=True):
-            scale[part] = torch.tensor(factors).repeat((part.stop - part.start) // len(factors))
+            scale[part] = scale.new_tensor(factors)  # one for all its matrices, or one for each
         self.scale = scale[self.mine, None, None]
 
     def is_due(self, step):
@@ -1492,7 +1494,8 @@ class Adam(Group):
         self.state = [torch.zeros_like(self.shard, dtype=self.wide) for _ in range(2)]
 
     def is_due(self, step):
-        """In every second step, with the gradients of both (#39)."""
+        """In every `adam_every`-th step, with the gradients since the last one (#39); the embedding only
+        once it is untied."""
         return step > self.after and (step + 1) % self.config.adam_every == 0
 
     def update(self, step):
@@ -1513,20 +1516,18 @@ def optimizer_groups(model, processes):
             kind += ".late" if int(words[1]) >= config.layers // 2 else ".early"
         members.setdefault(name if kind == "value_tables" else kind, []).append(p)
 
-    def muon(depth):  # factors on the updates of a parameter's matrices, in turn
-        return ((f"mlp.{depth}", 2, {f"mlp.{depth}": (MLP_RATIO**0.5, config.down_scale)}),
-                (f"qk.{depth}", 2, {f"qk.{depth}": (1.0,)}),
-                (f"vo.{depth}", 2, {f"vo.{depth}": (1.0,)}))
-
+    factors = (("mlp", (MLP_RATIO**0.5, config.down_scale)), ("qk", (1.0,)), ("vo", (1.0,)))
+    early, late = ([(f"{kind}.{depth}", 2, {f"{kind}.{depth}": factor}) for kind, factor in factors]
+                   for depth in ("early", "late"))  # factors on the updates of a parameter's matrices
     gates, (rate, *betas, decay) = config.adam_gates, config.adam_gates
     mixing, scalars = config.adam_mixing, config.adam_scalars
     plan = (  # name, axes of an item, and the settings of each kind of parameter
         ("head", 1, {"head": config.adam_head}),
-        *muon("late"),
+        *late,
         *((name, 1, {name: config.adam_tables}) for name in reversed(members) if "value_tables" in name),
         ("bigram_table", 1, {"bigram_table": config.adam_tables}),
         ("embedding", 1, {"embedding": config.adam_embedding}),
-        *muon("early"),
+        *early,
         ("small", 0, {
             "attention_gate": gates, "value_gate": gates, "residual": config.adam_residual,
             "output": mixing, "x0_mix": mixing, "bigram_mix": mixing, "xsa": mixing, "in_scale": scalars,
@@ -1538,8 +1539,8 @@ def optimizer_groups(model, processes):
     for name, axes, settings in plan:
         found = [(p, settings[kind]) for kind in settings for p in members.pop(kind, ())]
         if found:
-            kind = Muon if axes == 2 else Adam
-            groups.append(kind(name, axes, *zip(*found, strict=True), model, processes))
+            optimizer = Muon if axes == 2 else Adam
+            groups.append(optimizer(name, axes, *zip(*found, strict=True), model, processes))
     assert not members, f"parameters without a group: {[*members]}"
     for group in groups if processes.world > 1 else ():
         dist.broadcast(group.weights, 0)
@@ -1706,10 +1707,6 @@ def open_data(config):
     return Data(train, val, min(config.val_tokens, val.tokens - 1), prefixes, found)
 
 
-def is_due(step, period):
-    return period > 0 and step % period == 0
-
-
 def training_loop(model, groups, data, processes, log, progress):
     """All steps that are left, with their validations and checkpoints. Raises UserError for numbers
     that are not finite, and SystemExit, 128 + its number, after a signal."""
@@ -1722,8 +1719,8 @@ def training_loop(model, groups, data, processes, log, progress):
         for step in range(first, config.steps + 1):
             between = first < step < config.steps and step % config.adam_every == 0  # Adam is done
             stopping = between and reports.signal > 0
-            saving = stopping or between and is_due(step, save_every)
-            validating = is_due(step, config.val_every) or step in (0, config.steps)
+            saving = stopping or between and save_every and step % save_every == 0
+            validating = step in (0, config.steps) or config.val_every and step % config.val_every == 0
             validating = validating and step != progress.validated and not stopping
             if validating or saving:
                 reports.read()

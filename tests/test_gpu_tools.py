@@ -93,7 +93,7 @@ def test_the_doctor_finds_what_must_be_mended(machine, corpus, tmp_path, monkeyp
     machine(0, 2)  # the driver lists GPUs that torch cannot see
     (tmp_path / "file").touch()
     monkeypatch.setattr(train_gpt2, "span_mask", lambda first_key: [
-        train_gpt2.Span(slice(0, 1024), slice(0, 1024), torch.ones(2, 1, 1024, 1024, dtype=torch.bool))])
+        (slice(0, 1024), slice(0, 1024), torch.ones(2, 1, 1024, 1024, dtype=torch.bool))])
     monkeypatch.setattr(doctor.torch, "__version__", "2.4.0")
     assert doctor.main(command(corpus, device="auto", steps=10**6, out=tmp_path / "file" / "logs")) == 1
     lines = lines_of(capsys)
