@@ -78,7 +78,7 @@ TINY = ({"shuffle": True, "repeat": True, "long_documents": "continue", "val_tok
         {"tokens_per_step": (2048,), "row_tokens": (512,), "val_row_tokens": 512, "window": (127,)},
         {"tokens_per_step": (512, 1024, 1536), "row_tokens": (128, 256, 384), "val_row_tokens": 2048,
          "window": (48, 112, 176, 208), "window_final": 320, "document_tokens": (112, 256), "short_layers": (0, 2, 4),
-         "paired_layers": (0, 2, 4), "attention_free": (3,), "attention_source": (4,), "xsa_layers": (0, 1, 2, 4, 5),
+         "paired_layers": (0, 2, 4), "attention_free": (3,), "attention_source": (2,), "xsa_layers": (0, 1, 2, 4, 5),
          "attention_scale": 0.1 * 2**0.5, "value_layers": (0, 1, 4, 5), "gated_skip": (1, 3), "bigram": 16,
          "qk_heads": 1, "prefix_weight": 0.0})
 SIZES = {"tiny": TINY, "124M": ({}, {}, {})}
