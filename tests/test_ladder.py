@@ -68,8 +68,9 @@ def test_tiny_keeps_each_role_and_the_ratios():
         rates = [name for name in asdict(mine) if name.startswith("adam") or name.endswith("lr")]
         assert all(getattr(mine, name) == getattr(theirs, name) for name in rates) and len(rates) > 7
     stands_for = {0: 0, 1: 0, 2: 1, 3: 1, 4: 2, 5: 2, 6: 3, 7: 4, 8: 4, 9: 4, 10: 5}
-    for name in ("attention_free", "gated_skip", "attention_source", "value_layers", "xsa_layers"):
+    for name in ("attention_free", "gated_skip", "value_layers", "xsa_layers"):
         assert getattr(tiny[1], name) == tuple(sorted({stands_for[layer] for layer in getattr(real[1], name)}))
+    assert tiny[1].attention_source == (2,)  # after 4 only the last layer attends, and 4 is its own input
     long = {stands_for[i] for i in range(11) if i not in real[1].short_layers}
     assert set(range(6)) - set(tiny[1].short_layers) == long
     assert set(tiny[1].paired_layers) == {stands_for[i] for i in real[1].paired_layers} - long
