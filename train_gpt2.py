@@ -996,19 +996,18 @@ class Block(nn.Module):
             half = self.value_gate.shape[-1] // 2
             seen = torch.cat((normed[..., :half], embedding[..., :half]), dim=-1)
             added = 2 * gate(seen, self.value_gate)[..., None] * added
-        # Weights by the token: 0 to 2 of streams in the values, 3 to 5 of the same in the stream, 6 and 7
-        # of the value embedding by half of the heads, 8 to 11 of stream, attention, x0 and bigram before
-        # the MLP, 12 and 13 of stream and MLP after it.
-        if self.mudd is not None:
+        if self.mudd is not None:  # all these weights depend on the token
             weights, streams = self.mudd(x), (shared.x0, source, x)
-            halves = torch.cat(weights[6:8], dim=-1).repeat_interleave((self.heads + 1) // 2, dim=-1)
+            of_values, of_stream, of_halves = weights[:3], weights[3:6], weights[6:8]
+            r_attention, p_attention, m, n, r_mlp, p_mlp = weights[8:]
+            halves = torch.cat(of_halves, dim=-1).repeat_interleave((self.heads + 1) // 2, dim=-1)
             added = 0 if added is None else halves[..., :self.heads, None] * added
-            added = added + weighted(weights[:3], streams).unflatten(-1, (self.heads, -1))
-            x = x + weighted(weights[3:6], streams)
-            residual, output = (weights[8], weights[12]), (weights[9], weights[13])
-            injected = weights[10] * shared.x0
+            added = added + weighted(of_values, streams).unflatten(-1, (self.heads, -1))
+            x = x + weighted(of_stream, streams)
+            residual, output = (r_attention, r_mlp), (p_attention, p_mlp)
+            injected = m * shared.x0
             if shared.bigram is not None:
-                injected = injected + on_first(weights[11] * shared.bigram, x.shape[-1])
+                injected = injected + on_first(n * shared.bigram, x.shape[-1])
         if self.attends:
             attended, value = self.attend(normed, shared, mask, added, first_value)
             x = x + attended if output is None else residual[0] * x + output[0] * attended

@@ -33,10 +33,12 @@ FIXED = {
         **preset_values("five-minute"), **SAME, "tokens_per_step": (2048,), "row_tokens": (256,),
         "val_row_tokens": 256, "layers": 4, "heads": 2, "width": 128, "window": (127,)}),
     "gpt2": Config(**{
-        **preset_values("gpt2"), **SAME, "extension": 0.1, "momentum_warmup": 300 / 1600, "momentum_cooldown": 50 / 1600, "tokens_per_step": (1024, 2048, 3072),
+        **preset_values("gpt2"), **SAME, "extension": 0.1, "momentum_warmup": 300 / 1600,
+        "momentum_cooldown": 50 / 1600, "tokens_per_step": (1024, 2048, 3072),
         "row_tokens": (128, 256, 384), "val_row_tokens": 512, "layers": 11, "heads": 2, "width": 64,
         "window": (48, 64, 96, 128), "window_short": (16, 32, 48, 64), "window_final": 192,
-        "long_documents": "continue", "document_tokens": (100, 200), "muon_lr": 0.05, "adam_head": (0.03, 0.5, 0.95, 0.75),
+        "long_documents": "continue", "document_tokens": (100, 200), "muon_lr": 0.05,
+        "adam_head": (0.03, 0.5, 0.95, 0.75),
         "adam_embedding": (0.03, 0.5, 0.95, 0.75), "adam_gates": (0.1, 0.9, 0.99, 0.005),
         "adam_residual": (0.04, 0.9, 0.95, 0.0), "adam_mixing": (0.03, 0.9, 0.95, 0.0),
         "adam_scalars": (0.1, 0.9, 0.99, 0.0)}),  # fast: 20 steps use every part

@@ -28,7 +28,8 @@ EIGHT_ROWS = {"row_tokens": (256,), "val_row_tokens": 256, "tokens_per_step": (2
               "window": (64,), "window_short": (32,), "loss_chunk": 256, "width": 64, "heads": 2}
 FEW_LAYERS = {
     "five-minute": {"layers": 4},
-    "gpt2": {"layers": 5, "short_layers": (1, 3), "paired_layers": (0,), "attention_free": (2,), "value_layers": (0, 1, 4),
+    "gpt2": {"layers": 5, "short_layers": (1, 3), "paired_layers": (0,), "attention_free": (2,),
+             "value_layers": (0, 1, 4),
              "gated_skip": (0, 2), "attention_source": (1,), "xsa_layers": (0, 1, 4), "bigram_width": 16,
              "bigram_signs": 50}}
 FEW = {name: train_gpt2.spelled(value) for name, value in FEW_LAYERS["gpt2"].items()}
