@@ -54,6 +54,12 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils.checkpoint import checkpoint as recomputed
 from tqdm import tqdm
 
+try:  # torch brings it for GPUs
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = None
+
 # ==================================================================================================
 # PART I: THE RECIPE
 # ==================================================================================================
@@ -877,6 +883,12 @@ class Mudd(nn.Module):
         return (0.1 * F.linear(hidden, self.mudd_out, self.mudd_bias)).split(1, dim=-1)
 
 
+def mixed(x, added, residual, output):
+    """The stream, and what a sublayer adds to it, each by its weight, if it has one."""
+    added = added if output is None else output * added
+    return (x if residual is None else residual * x) + added
+
+
 def weighted(weights, streams):
     return sum(weight * stream for weight, stream in zip(weights, streams, strict=True)
                if stream is not None)
@@ -979,17 +991,20 @@ class Block(nn.Module):
         self.value_gate = scalar(config.heads, gate_size, used=(
             layer in config.value_layers and config.value_gates and not dynamic))
 
-    def forward(self, x, shared, mask, injected, skip, source, embedding, first_value):
-        """All (R, T, D) or None, but for layer 0's values (R, T, H, K). Attention reads the source, if
-        there is one, or the stream. Returns the stream, and this layer's values if it is the first."""
-        residual, output, value = self.residual, self.output, None
+    def attend(self, x, shared, mask, injected, skip, source, embedding, first_value):
+        """The attention sublayer. All (R, T, D) or None, but for layer 0's values (R, T, H, K). It reads
+        the source, if there is one, or the stream. Returns the stream; this layer's values if it is
+        the first; and MUDD's weights of the stream and of what the MLP adds to it, (R, T, 1)."""
+        residual = output = value = of_mlp = None
+        if self.output is not None:  # it is on attention's matrix
+            residual = self.residual[0]
         if skip is not None:
             share = self.skip_mix
             if self.skip_gate is not None:
                 share = (2 * share.sigmoid() * gate(shared.x0, self.skip_gate)).to(x.dtype)[..., None]
             x = x + share * skip
-        if residual is not None and output is None:  # mixed once, before the block
-            x, injected = residual * x + injected, None
+        if self.residual is not None and self.output is None:  # mixed once, before the block
+            x, injected = self.residual * x + injected, None
         normed = rms_norm(x if source is None else source, self.epsilon)
         added = None if embedding is None else embedding.unflatten(-1, (self.heads, -1))  # (#14)
         if self.value_gate is not None:  # sees both (#55, #70)
@@ -999,26 +1014,31 @@ class Block(nn.Module):
         if self.mudd is not None:  # all these weights depend on the token
             weights, streams = self.mudd(x), (shared.x0, source, x)
             of_values, of_stream, of_halves = weights[:3], weights[3:6], weights[6:8]
-            r_attention, p_attention, m, n, r_mlp, p_mlp = weights[8:]
+            residual, output, m, n, *of_mlp = weights[8:]
             halves = torch.cat(of_halves, dim=-1).repeat_interleave((self.heads + 1) // 2, dim=-1)
             added = 0 if added is None else halves[..., :self.heads, None] * added
             added = added + weighted(of_values, streams).unflatten(-1, (self.heads, -1))
             x = x + weighted(of_stream, streams)
-            residual, output = (r_attention, r_mlp), (p_attention, p_mlp)
             injected = m * shared.x0
             if shared.bigram is not None:
                 injected = injected + on_first(n * shared.bigram, x.shape[-1])
         if self.attends:
-            attended, value = self.attend(normed, shared, mask, added, first_value)
-            x = x + attended if output is None else residual[0] * x + output[0] * attended
+            attended, value = self.attention(normed, shared, mask, added, first_value)
+            x = mixed(x, attended, residual, output)
         if injected is not None:
             x = x + injected
-        up, down = self.mlp.to(x.dtype).unbind(0)
-        hidden = F.linear(rms_norm(x, self.epsilon), up).relu().square() @ down  # ReLU^2 (Primer)
-        x = x + hidden if output is None else residual[-1] * x + output[-1] * hidden
-        return x, value if self.gives_values else None
+        return x, value if self.gives_values else None, of_mlp
 
-    def attend(self, x, shared, mask, added, first_value):
+    def transform(self, x, weights):
+        """The MLP sublayer: (R, T, D) -> the stream, by MUDD's two weights (R, T, 1) or its own."""
+        up, down = self.mlp.to(x.dtype).unbind(0)
+        residual, output = weights or (None, None)
+        if self.output is not None:
+            residual, down = self.residual[-1], self.output[-1] * down
+        hidden = F.linear(rms_norm(x, self.epsilon), up).relu().square()  # ReLU^2 (Primer)
+        return mixed(x, hidden @ down, residual, output)
+
+    def attention(self, x, shared, mask, added, first_value):
         """What attention adds to the stream, (R, T, D), and this layer's own values, (R, T, H, K).
         added: to the values."""
         rows, tokens, width = x.shape
@@ -1026,6 +1046,8 @@ class Block(nn.Module):
         out_weight = self.vo[1].to(x.dtype)
         if self.in_scale is not None:  # on the weights, where it costs least (#47, #48)
             qkv_weight, out_weight = self.in_scale * qkv_weight, self.out_scale * out_weight
+        if self.output is not None:
+            out_weight = self.output[0] * out_weight
         qkv = F.linear(x, qkv_weight).view(rows, tokens, 3 * self.heads, -1)
         query, key, own_value = qkv.chunk(3, dim=2)  # (R, T, H, K) each
         if self.qk_norm:
@@ -1052,17 +1074,75 @@ class Block(nn.Module):
         return F.linear(out.flatten(2), out_weight), own_value
 
 
+if triton:
+    @triton.jit
+    def add_rows_kernel(total, parts, rows, places, ends, width: tl.constexpr, CHANNELS: tl.constexpr,
+                        AT_ONCE: tl.constexpr):
+        """The program of the first of equal rows adds them all up, so that no two write to one place."""
+        first = tl.program_id(0)
+        row = tl.load(rows + first)
+        if (first == 0) | (tl.load(rows + tl.maximum(first, 1) - 1) != row):
+            channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+            target = total + row.to(tl.int64) * width + channel
+            result = tl.load(target, channel < width, 0).to(tl.float32)
+            end = tl.load(ends + first)
+            for begin in range(first, end, AT_ONCE):
+                index = begin + tl.arange(0, AT_ONCE)
+                place = tl.load(places + index, index < end, 0).to(tl.int64)
+                inside = (index < end)[:, None] & (channel < width)[None]
+                part = tl.load(parts + place[:, None] * width + channel[None], inside, 0)
+                result += tl.sum(part.to(tl.float32), 0)
+            tl.store(target, result.to(total.dtype.element_ty), channel < width)
+
+
+def sorted_rows(rows):
+    """(R, T) int -> the rows in order, the place of each among the R T, and where those equal to it
+    end: (R T,) int32 each."""
+    found, places = rows.flatten().int().sort(stable=True)
+    return found, places.int(), torch.searchsorted(found, found, right=True, out_int32=True)
+
+
+def add_rows(total, parts, order):
+    """Add parts (R T, n) to the rows of total (V, n), in place, in at least float32: in bfloat16, a
+    token that is there 2,000 times would lose a quarter of its sum. order: of `sorted_rows`."""
+    rows, places, ends = order
+    if parts.is_cuda and total.dtype != torch.float64:
+        width = total.shape[1]
+        channels = min(256, triton.next_power_of_2(width))
+        grid = len(rows), triton.cdiv(width, channels)
+        add_rows_kernel[grid](total, parts.contiguous(), rows, places, ends, width, channels, 16)
+    else:
+        dtype = wide(total.dtype)
+        total += torch.zeros_like(total, dtype=dtype).index_add_(0, rows, parts[places].to(dtype))
+
+
+class TableRows(torch.autograd.Function):
+    """Rows of a table. Their gradients go straight to where the table's gradient is summed, if it has
+    one yet: a gradient of their own, as large as the table, would be written and read for nothing."""
+
+    @staticmethod
+    def forward(ctx, table, rows, order):
+        ctx.table, ctx.order = table, order
+        return F.embedding(rows, table)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        table, parts = ctx.table, gradient.flatten(0, 1)
+        if table.grad is None:
+            total = torch.zeros_like(table)
+            add_rows(total, parts, ctx.order)
+            return total, None, None
+        add_rows(table.grad, parts, ctx.order)
+        table.gradient_arrived(table)
+        return None, None, None
+
+
 def skip_sources(config):
     """By layer, the earlier one whose output it receives: one through a gate (#45, #55), or all of the
     second half those of the first, mirrored (U-net, #11)."""
     half = range(config.layers // 2 if config.unet_skips else 0)
     gated = [config.gated_skip[::-1]] if config.gated_skip else []
     return {config.layers - 1 - i: i for i in half} | dict(gated)
-
-
-def run_block(block, *arguments):
-    """What is compiled. The block is an argument, so that its weights are inputs of the graph."""
-    return block(*arguments)
 
 
 class GPT(nn.Module):
@@ -1072,13 +1152,15 @@ class GPT(nn.Module):
     def __init__(self, config, vocabulary, prefixes=None, float8=False, compiled=False):
         """Weights are drawn on the CPU from config.seed: the same for every process and device.
         prefixes: (vocabulary,) int, of each token, -1: none. float8: the head's products in training.
-        compiled: block by block, so that layers of a kind share a graph, and gradients are there as
-        soon as their layer is done."""
+        compiled: by sublayer, so that layers of a kind share a graph, and gradients are there as soon
+        as their layer is done."""
         super().__init__()
         self.config, self.vocabulary = config, vocabulary
         self.dtype, self.float8, self.compiled = getattr(torch, config.dtype), float8, compiled
-        self.run_block, self.quantised, self.chunk_losses, self.chunk_gradient = (
-            compiled_if(compiled, part) for part in (run_block, quantised, chunk_losses, chunk_gradient))
+        self.enter, self.attend, self.transform, self.leave = (compiled_if(compiled, part) for part in (
+            Entrance.forward, Block.attend, Block.transform, Exit.forward))
+        self.quantised, self.chunk_losses, self.chunk_gradient = (
+            compiled_if(compiled, part) for part in (quantised, chunk_losses, chunk_gradient))
         padded, width, tied = -(-vocabulary // 64) * 64, config.width, config.tied_until > 0
         draw = torch.Generator().manual_seed(config.seed)
         table = torch.randn(padded, width, generator=draw) * (EMBEDDING_INIT if tied else 1)
@@ -1103,18 +1185,27 @@ class GPT(nn.Module):
             prefixes = F.pad(torch.as_tensor(prefixes, dtype=torch.int64), (0, 1), value=-1)
         self.register_buffer("prefixes", prefixes, persistent=False)
 
+    def run_block(self, block, x, *others):
+        x, value, weights = self.attend(block, x, *others)
+        return self.transform(block, x, weights), value
+
     def forward(self, inputs, starts, phase):
         """(R, T) int32, (R, T) bool -> (R, T, D), normed, ready for the head."""
         config, masks = self.config, attention_masks(self, starts, phase.windows)
         run, skips, bigram, signs = self.run_block, skip_sources(self.config), None, None
         if config.recompute and torch.is_grad_enabled():
             run = partial(recomputed, run, use_reentrant=False, preserve_rng_state=False)
-        embedding = F.embedding(inputs, self.head if phase.tied else self.embedding).to(self.dtype)
+        order = sorted_rows(inputs)
+        if phase.tied:  # the loss adds to the head's gradient, too
+            embedding = F.embedding(inputs, self.head).to(self.dtype)
+        else:
+            embedding = TableRows.apply(self.embedding, inputs, order)
         if config.bigram:
-            bigram = F.embedding(bigram_rows(inputs, len(self.bigram_table)), self.bigram_table)
+            pairs = bigram_rows(inputs, len(self.bigram_table))
+            bigram = TableRows.apply(self.bigram_table, pairs, sorted_rows(pairs))
         if self.signs is not None:
             signs = F.embedding(sign_rows(inputs, len(self.signs)), self.signs)
-        x0, bigram, injected = run(self.entrance, embedding, bigram, signs)
+        x0, bigram, injected = self.enter(self.entrance, embedding, bigram, signs)
         positions = inputs.shape[1] * (2 if config.paired_layers else 1)
         channels, _ = head_channels(config)
         factors = rotary_tables(self.frequencies[phase.stage], positions, channels, self.dtype)
@@ -1123,7 +1214,7 @@ class GPT(nn.Module):
         for i, block in enumerate(self.blocks):
             mask, embedding, before = masks.get((block.short, block.paired)), None, x
             if i in self.table_of:
-                embedding = F.embedding(inputs, self.value_tables[self.table_of[i]])
+                embedding = TableRows.apply(self.value_tables[self.table_of[i]], inputs, order)
                 first_embedding = embedding if first_embedding is None else first_embedding
             x, value = run(block, x, shared, mask, injected.pop(i, None), outputs.get(skips.get(i)),
                            source, embedding, first_value)
@@ -1133,7 +1224,7 @@ class GPT(nn.Module):
                 source = x
             first_value = value if block.gives_values else first_value
         skipped = next(iter(outputs.values()), None)
-        return run(self.exit, x, (x0, source, before, first_embedding, skipped))
+        return self.leave(self.exit, x, (x0, source, before, first_embedding, skipped))
 
     def loss(self, batch, phase):
         """Sums, not means, of cross-entropies in nats, () and at least float32: of all targets of every
@@ -1173,6 +1264,7 @@ def attention_masks(model, starts, windows):
 # Divisors before a cast to float8, as the records measured them (#51, #55): hidden states up to 100 and
 # weights up to 1.6 fit into e4m3, gradients up to 96 into e5m2.
 HIDDEN_UNIT, HEAD_UNIT, GRADIENT_UNIT = 100 / 448, 1.6 / 448, 0.75 / 448
+BIT = math.log(2)  # in nats: logits are counted in bits meanwhile, as GPUs have 2^x but not e^x
 
 
 def quantised(x, unit, dtype):
@@ -1190,37 +1282,42 @@ def float8_product(a, b, unit, dtype, fast=False):
                             use_fast_accum=fast)
 
 
-def softcap(z, cap):
-    """Logits h tanh((z + s) / r) and their derivative by z; h = 0: z itself. The cap keeps the model
-    from being too sure (Gemma 2), the shift leaves room for unlikely tokens (#54). The tanh is
-    written by the sigmoid, which GPUs compute faster."""
+def softcap(z, cap, unit=1.0):
+    """Logits h tanh((z + s) / r) and their derivative by z, both in units of `unit` nats; h = 0: z itself.
+    The cap keeps the model from being too sure (Gemma 2), the shift leaves room for unlikely tokens
+    (#54). The tanh is written by the sigmoid, which GPUs compute faster."""
     height, extent, shift = cap
     if not height:
-        return z, 1.0
-    squashed = 2 * torch.sigmoid((z + shift) * (2 / extent)) - 1
-    return height * squashed, height / extent * (1 - squashed.square())
+        return z / unit, 1 / unit
+    share = torch.sigmoid(z * (2 / extent) + 2 * shift / extent)
+    return 2 * height / unit * share - height / unit, 4 * height / extent / unit * share * (1 - share)
 
 
 def chunk_losses(z, targets, weights, cap):
-    """(n, V), (n, k) -> weighted loss; loss of the next token; log of the sum of exponentials (n, 1).
-    A target of -1 is none. Alone in its graph: only then is the gradient one pass over z."""
-    logits = softcap(z.to(wide(z.dtype)), cap)[0]
+    """(n, V), (n, k) -> weighted loss and loss of the next token, in nats; log2 of the sum of exponentials
+    (n, 1). A target of -1 is none. Alone in its graph: only then is the gradient one pass over z."""
+    logits = softcap(z.to(wide(z.dtype)), cap, BIT)[0]
     bounded = 0 < cap[0] <= 60  # no exponential overflows: the maximum need not be known first
-    normaliser = (logits.exp().sum(-1, keepdim=True).log() if bounded
-                  else logits.logsumexp(-1, keepdim=True))
-    chosen = softcap(z.gather(1, targets.clamp_min(0)).to(normaliser.dtype), cap)[0]
-    losses = ((normaliser - chosen) * (targets >= 0)).sum(0)
+    highest = 0 if bounded else logits.amax(-1, keepdim=True)
+    normaliser = (logits - highest).exp2().sum(-1, keepdim=True).log2() + highest
+    chosen = softcap(z.gather(1, targets.clamp_min(0)).to(normaliser.dtype), cap, BIT)[0]
+    losses = BIT * ((normaliser - chosen) * (targets >= 0)).sum(0)
     return sum(weight * losses[k] for k, weight in enumerate(weights)), losses[0], normaliser
 
 
 def chunk_gradient(z, normaliser, targets, weights, cap, float8):
     """The gradient of the weighted loss by z, (n, V); in float8, also its transpose."""
-    logits, derivative = softcap(z.to(wide(z.dtype)), cap)
-    token = torch.arange(z.shape[1], device=z.device)
-    counted = sum(weight * (targets[:, k:k + 1] >= 0) for k, weight in enumerate(weights))
-    wanted = sum(weight * (token == targets[:, k:k + 1]) for k, weight in enumerate(weights))
-    gradient = ((logits - normaliser).exp() * counted - wanted) * derivative
-    return quantised(gradient, GRADIENT_UNIT, torch.float8_e5m2) if float8 else (gradient.to(z.dtype), None)
+    logits, derivative = softcap(z.to(wide(z.dtype)), cap, BIT)
+    token = torch.arange(z.shape[1], dtype=torch.int32, device=z.device)
+    columns = targets.int().split(1, dim=1)
+    counted = sum(weight * (columns[k] >= 0) for k, weight in enumerate(weights))
+    gradient = (logits - normaliser).exp2() * counted
+    for k, weight in enumerate(weights):
+        gradient = gradient - weight * (token == columns[k])
+    gradient = gradient * derivative
+    if float8:
+        return quantised(gradient, GRADIENT_UNIT / BIT, torch.float8_e5m2)
+    return (gradient * BIT).to(z.dtype), None
 
 
 class ChunkedLoss(torch.autograd.Function):
@@ -1302,6 +1399,7 @@ class Group:
             self.weights[part] = p.data.reshape(-1, *item)
             p.data, p.grad = self.weights[part].view(p.shape), self.gradients[part].view(p.shape)
             p.register_post_accumulate_grad_hook(self.gradient_arrived)
+            p.gradient_arrived = self.gradient_arrived  # for gradients that do not come by autograd
         self.mine = slice(processes.rank * share, (processes.rank + 1) * share)
         self.shard = self.weights[self.mine]
         self.shard_gradient = self.gradients if self.world == 1 else torch.zeros_like(self.shard)

@@ -505,8 +505,10 @@ def test_a_fresh_model_is_a_static_one(stream):
 @torch.no_grad()
 def test_the_stream_begins_as_x0_itself(stream):
     model, _ = randomised()
-    run, seen = model.run_block, []
-    model.run_block = lambda block, *arguments: seen.append(arguments) or run(block, *arguments)
+    seen = []
+    for name in ("enter", "attend", "leave"):
+        part = getattr(model, name)
+        setattr(model, name, lambda block, *arguments, part=part: seen.append(arguments) or part(block, *arguments))
     model.loss(batch_of(rows_by_step(stream[0])[0]), phase_at(0, model.config))
     (_, bigram, signs), (x, shared, *_), (_, streams) = seen[0], seen[1], seen[-1]
     assert len(seen) == 13 and x is shared.x0 and x is streams[0]
