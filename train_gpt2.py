@@ -630,7 +630,8 @@ def step_batches(stream, config, processes, first=0, cursor=Cursor()):
         mine = rows[processes.rank * share:(processes.rank + 1) * share]
         tokens, starts, positions = zip(*mine, strict=True)
         tokens, starts = (torch.from_numpy(np.stack(part)) for part in (tokens, starts))
-        yield Batch(tokens[:, :-1].int(), tokens[:, 1:].long(), starts[:, :-1], positions, following)
+        starts = starts[:, :-1].contiguous()
+        yield Batch(tokens[:, :-1].int(), tokens[:, 1:].long(), starts, positions, following)
 
 
 def validation_rows(stream, position, rows, row_tokens, end):
@@ -861,8 +862,8 @@ def uniform(*shape, spread, draw):
     return torch.empty(shape).uniform_(-bound, bound, generator=draw) if spread else torch.zeros(shape)
 
 
-def compiled_if(compiled, function):
-    return torch.compile(function, dynamic=False, fullgraph=True) if compiled else function
+def compiled_if(compiled, function, **options):
+    return torch.compile(function, dynamic=False, fullgraph=True, options=options) if compiled else function
 
 
 class Mudd(nn.Module):
@@ -1076,18 +1077,16 @@ class Block(nn.Module):
 
 if triton:
     @triton.jit
-    def add_rows_kernel(total, parts, rows, places, ends, width: tl.constexpr, CHANNELS: tl.constexpr,
-                        AT_ONCE: tl.constexpr):
-        """The program of the first of equal rows adds them all up, so that no two write to one place."""
-        first = tl.program_id(0)
-        row = tl.load(rows + first)
-        if (first == 0) | (tl.load(rows + tl.maximum(first, 1) - 1) != row):
-            channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
-            target = total + row.to(tl.int64) * width + channel
+    def add_rows_kernel(total, parts, rows, places, begins, runs, width: tl.constexpr,
+                        CHANNELS: tl.constexpr, AT_ONCE: tl.constexpr):
+        """A program adds up all gradients of a row, so that no two write to one place."""
+        channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+        for run in range(tl.program_id(0), tl.load(runs), tl.num_programs(0)):
+            begin, end = tl.load(begins + run), tl.load(begins + run + 1)
+            target = total + tl.load(rows + begin).to(tl.int64) * width + channel
             result = tl.load(target, channel < width, 0).to(tl.float32)
-            end = tl.load(ends + first)
-            for begin in range(first, end, AT_ONCE):
-                index = begin + tl.arange(0, AT_ONCE)
+            for at in tl.range(begin, end, AT_ONCE, num_stages=3):
+                index = at + tl.arange(0, AT_ONCE)
                 place = tl.load(places + index, index < end, 0).to(tl.int64)
                 inside = (index < end)[:, None] & (channel < width)[None]
                 part = tl.load(parts + place[:, None] * width + channel[None], inside, 0)
@@ -1096,21 +1095,21 @@ if triton:
 
 
 def sorted_rows(rows):
-    """(R, T) int -> the rows in order, the place of each among the R T, and where those equal to it
-    end: (R T,) int32 each."""
+    """(R, T) int -> the rows in order and the place of each, (R T,) int32; where each run of equal rows
+    begins, (R T + 1,) int32, R T from the end of the last one on; and how many runs there are, (1,)."""
     found, places = rows.flatten().int().sort(stable=True)
-    return found, places.int(), torch.searchsorted(found, found, right=True, out_int32=True)
+    run = F.pad((found[1:] != found[:-1]).cumsum(0), (1, 0))
+    numbers = torch.arange(len(found) + 1, device=rows.device)
+    return found, places.int(), torch.searchsorted(run, numbers, out_int32=True), run[-1:] + 1
 
 
 def add_rows(total, parts, order):
     """Add parts (R T, n) to the rows of total (V, n), in place, in at least float32: in bfloat16, a
     token that is there 2,000 times would lose a quarter of its sum. order: of `sorted_rows`."""
-    rows, places, ends = order
-    if parts.is_cuda and total.dtype != torch.float64:
-        width = total.shape[1]
-        channels = min(256, triton.next_power_of_2(width))
-        grid = len(rows), triton.cdiv(width, channels)
-        add_rows_kernel[grid](total, parts.contiguous(), rows, places, ends, width, channels, 16)
+    rows, places, *_ = order
+    if parts.is_cuda and total.dtype != torch.float64:  # 0.14 ms for 0.49 of torch's own on an H100
+        grid = 4096, triton.cdiv(total.shape[1], 64)  # programs; parts of 64 channels
+        add_rows_kernel[grid](total, parts.contiguous(), *order, total.shape[1], 64, 32, num_warps=1)
     else:
         dtype = wide(total.dtype)
         total += torch.zeros_like(total, dtype=dtype).index_add_(0, rows, parts[places].to(dtype))
@@ -1159,8 +1158,12 @@ class GPT(nn.Module):
         self.dtype, self.float8, self.compiled = getattr(torch, config.dtype), float8, compiled
         self.enter, self.attend, self.transform, self.leave = (compiled_if(compiled, part) for part in (
             Entrance.forward, Block.attend, Block.transform, Exit.forward))
-        self.quantised, self.chunk_losses, self.chunk_gradient = (
-            compiled_if(compiled, part) for part in (quantised, chunk_losses, chunk_gradient))
+        self.quantised, self.chunk_losses = (
+            compiled_if(compiled, part) for part in (quantised, chunk_losses))
+        # Its tiles are searched: 2.2 ms for 2.5 of an H100.
+        self.chunk_gradient = compiled_if(compiled, chunk_gradient, coordinate_descent_tuning=True)
+        if compiled:  # kinds of layers, times stages, with and without gradients
+            torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 4096
         padded, width, tied = -(-vocabulary // 64) * 64, config.width, config.tied_until > 0
         draw = torch.Generator().manual_seed(config.seed)
         table = torch.randn(padded, width, generator=draw) * (EMBEDDING_INIT if tied else 1)
@@ -1728,8 +1731,6 @@ def warm_up(model, groups, data, processes):
     on disk. From here on a recompilation is an error, so that none can hide inside the timed region."""
     begin, config, device = time.perf_counter(), model.config, processes.device
     alone, local = Processes(0, 1, device), int(os.environ.get("LOCAL_RANK", "0"))
-    limits = torch._dynamo.config  # kinds of layers, times stages, with and without gradients
-    limits.recompile_limit = limits.accumulated_recompile_limit = 4096
     torch.compiler.set_stance("default")
     kept = [(tensor, tensor.to("cpu", copy=True))  # off the GPU, whose peak is logged
             for group in groups.values() for tensor in (group.weights, group.gradients, *group.state)]

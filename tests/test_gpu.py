@@ -7,7 +7,8 @@ from tools import RECIPE, SMALL, dense_mask, losses, random_batch, random_starts
 from torch.nn.functional import scaled_dot_product_attention
 
 import train_gpt2
-from train_gpt2 import Batch, Muon, Processes, attention, block_mask, document_starts, first_visible_key, phase_at
+from train_gpt2 import (
+    Batch, Muon, Processes, add_rows, attention, block_mask, document_starts, first_visible_key, phase_at, sorted_rows)
 
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 GPU = pytest.param("cuda", marks=[pytest.mark.gpu, NEEDS_GPU])
@@ -70,6 +71,22 @@ def test_the_float8_head_is_near_the_wide_one(device):
         results.append((loss, model.head.grad, model.blocks[0].mlp.grad))
     for (wide, eight), tolerance in zip(zip(*results, strict=True), (0.01, 0.15, 0.2), strict=True):
         assert relative_error(eight, wide) < tolerance
+
+
+@on_both
+@pytest.mark.parametrize("width", [768, 192, 40])
+def test_gradients_of_tables_are_added_up_row_by_row(device, width):
+    """Some rows are there once, one a thousand times. The same numbers each time: no two programs write to one place."""
+    draw = torch.Generator().manual_seed(0)
+    rows = torch.cat([torch.randint(300, (1, 3000), generator=draw), torch.full((1, 1000), 7)], dim=1)
+    rows = rows[:, torch.randperm(4000, generator=draw)]
+    parts, before = (torch.randn(n, width, generator=draw).bfloat16() for n in (4000, 310))
+    exact = before.double().index_add_(0, rows[0], parts.double())
+    order, found = sorted_rows(rows.to(device)), [before.to(device, copy=True) for _ in range(3)]
+    for total in found:
+        add_rows(total, parts.to(device), order)
+    assert relative_error(found[0], exact) < 2.0**-8
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
 
 @on_both

@@ -2,7 +2,6 @@
 
 import copy
 import math
-
 from collections import Counter
 
 import pytest
