@@ -109,9 +109,11 @@ class Model:
                 if "skip_gate" in block:
                     share = (2 * share.sigmoid() * gate(x0, block["skip_gate"])).to(x.dtype)[:, None]
                 x = x + share * outputs[layer["skip_from"]]
-            residual, output = block.get("residual"), block.get("output")
-            if residual is not None and output is None:
-                x, injected = residual * x + injected, 0
+            residual, output = (1, 1), (1, 1)
+            if "output" in block:  # by sublayer; the output's weights are on the matrices
+                residual = block["residual"]
+            elif "residual" in block:  # once, before the block
+                x, injected = block["residual"] * x + injected, 0
             normed, added = self.norm(x if source is None else source), 0
             embedding = tables.get(layer["value_table"])
             if embedding is not None:
@@ -131,12 +133,13 @@ class Model:
                     injected = injected + on_first(mu[11] * bigram, x.shape[-1])
             if "qk" in block:
                 attended, value = self.attention(block, layer, normed, tokens, added, first_value)
-                x = x + attended if output is None else residual[0] * x + output[0] * attended
+                x = residual[0] * x + output[0] * attended
                 first_value = value if first_value is None else first_value
             x = x + injected
             up, down = block["mlp"]  # (4 D, D) both
+            down = block["output"][-1] * down if "output" in block else down
             hidden = F.linear(self.norm(x), up).relu().square() @ down
-            x = x + hidden if output is None else residual[-1] * x + output[-1] * hidden
+            x = residual[-1] * x + output[-1] * hidden
             outputs.append(x)
             if i == config["attention_source"]:
                 source = x
@@ -200,7 +203,8 @@ class Model:
             out = out - block["xsa"].tanh().to(out.dtype)[:, None] * along * value
         if "attention_gate" in block:
             out = out * gate(x, block["attention_gate"])[..., None]
-        return F.linear(out.reshape(length, width), block["vo"][1]), own_value
+        out_weight = block["output"][0] * block["vo"][1] if "output" in block else block["vo"][1]
+        return F.linear(out.reshape(length, width), out_weight), own_value
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, starts: Tensor, window: int) -> Tensor:
         """Softmax attention of (positions, heads, K). Each position sees itself and those of its

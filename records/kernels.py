@@ -35,7 +35,7 @@ KINDS = {  # the first that a name matches, case and all; products of the loss a
     "matrix products": "nvjet|gemm|cutlass|splitK|aten::(mm|bmm|addmm|baddbmm|_scaled_mm)$",
     "copies and fills": COPIES,
     "communication": "nccl",
-    "tables": "embedding|ndex|gather|scatter|[sS]ort|grad_weight|krn_|unique|scan_|cummax"}
+    "tables": "add_rows|embedding|ndex|gather|scatter|[sS]ort|grad_weight|krn_|unique|scan_|cummax"}
 
 
 def kind_of(name: str, marks: set[str]) -> str:

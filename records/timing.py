@@ -190,15 +190,15 @@ def block_units(layer: int, config: Config) -> float:
     """What a compiled layer keeps for backward, in hidden states: numbers per token / width.
 
     Always: the stream it receives, unless that is the embedding; the MLP's normed input; its hidden channels
-    before and after the square. Where the stream is weighed: the MLP's output, or the mixture. With attention:
-    its normed input; query, key and value; query and key turned; what attention gives, also gated, also
-    without its part along the value, and weighed; the stream after it. A value of its own where something is
-    added to it or heads are paired, and that something where it is weighed. The hidden channels of MUDD.
+    before and after the square. With attention: its normed input; query, key and value; query and key turned;
+    what attention gives, also gated, also without its part along the value; the stream after it. A value of its
+    own where something is added to it or heads are paired, and that something where it is weighed. The mixture
+    where it is made once; where weights come from MUDD, both outputs, and its hidden channels.
     """
     dynamic, valued = config.mudd and layer == config.layers - 1, layer in config.value_layers
-    units = 2 - (layer == 0) + 2 * train_gpt2.MLP_RATIO + (config.mixing != "none")
+    units = 2 - (layer == 0) + 2 * train_gpt2.MLP_RATIO + (config.mixing == "blocks" or dynamic)
     if layer not in config.attention_free:
-        units += 8 + config.attention_gates + (layer in config.xsa_layers) + (config.mixing == "sublayers")
+        units += 8 + config.attention_gates + (layer in config.xsa_layers) + dynamic
         units += valued or dynamic or layer in config.paired_layers or config.value_residual
         units += valued and (config.value_gates or dynamic)
     return units + dynamic * (2 * train_gpt2.MUDD_WIDTH + 14) / config.width

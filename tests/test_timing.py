@@ -158,7 +158,7 @@ def test_the_first_settings_that_fit_change_no_more_than_they_must():
 
 
 @pytest.mark.parametrize(("memories", "options", "printed"), [
-    ([80, 80], [], ""), ([80, 33], [], "--micro-tokens 32768"), ([25], [], "--recompute true"), ([2], [], ""),
+    ([80, 80], [], ""), ([80, 31], [], "--micro-tokens 32768"), ([25], [], "--recompute true"), ([2], [], ""),
     ([20], ["--micro-tokens", "65536"], ""), ([20], ["--device", "cpu"], ""), ([], [], "")])
 def test_fit_prints_what_the_smallest_gpu_needs_and_nothing_else(memories, options, printed, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(memories))
