@@ -443,7 +443,7 @@ class Shard(NamedTuple):
 
 def shard_command(path):
     """The command that makes such shards."""
-    if "fineweb" in path:
+    if os.path.dirname(path).endswith("data/fineweb10B"):
         return "python data/fineweb.py 10"
     return f"python data/text.py TEXT... --out {shlex.quote(os.path.dirname(path))}"
 
@@ -1808,46 +1808,45 @@ def open_data(config):
     found, prefixes = {"train": train.fingerprints(), "val": val.fingerprints()}, None
     if config.prefix_weight:
         prefixes = read_prefixes(train)
-        found["train"][PREFIXES] = 0 if prefixes is None else zlib.crc32(prefixes)
+        found["train"][PREFIXES] = [0 if prefixes is None else zlib.crc32(prefixes)]
     return Data(train, val, min(config.val_tokens, val.tokens - 1), prefixes, found)
 
 
-def training_loop(model, groups, data, processes, log, progress):
+def training_loop(model, groups, data, processes, log, progress, received):
     """All steps that are left, with their validations and checkpoints. Raises UserError for numbers
-    that are not finite, and SystemExit, 128 + its number, after a signal."""
+    that are not finite, and SystemExit, 128 + its number, after a signal, which `received` holds."""
     config, first, cursor = model.config, progress.step, Cursor(*progress.cursor)
     save_every = -(-config.save_every // config.adam_every) * config.adam_every
     batches = step_batches(data.train, config, processes, first, cursor)
     batches, clock = prefetched(batches, processes.device), Clock(processes, progress.seconds)
     reports = Reports(groups, data.train, processes, log, clock)
-    with caught_signals() as received:
-        for step in range(first, config.steps + 1):
-            between = first < step < config.steps and step % config.adam_every == 0  # Adam is done
-            stopping = between and reports.signal > 0
-            saving = stopping or between and save_every and step % save_every == 0
-            validating = step in (0, config.steps) or config.val_every and step % config.val_every == 0
-            validating = validating and step != progress.validated and not stopping
-            if validating or saving:
-                reports.read()
-                with clock.stopped():
-                    progress = progress._replace(step=step, seconds=clock.seconds, cursor=tuple(cursor))
-                    if validating:
-                        loss = validate(model, data.val, data.val_tokens, step, processes)
-                        if not math.isfinite(loss):
-                            raise UserError(f"the validation loss after step {step} is {loss}{log.way_on()}")
-                        log.record(step, clock.seconds, val_loss=loss, peak_memory_mib=peak_memory(processes))
-                        progress = progress._replace(validated=step, val_loss=loss)
-                    if saving:
-                        save_checkpoint(log, model, groups, data, processes, progress)
-                    if stopping:
-                        name = signal.Signals(reports.signal).name
-                        log.line(f"stopped by {name} after step {step} of {config.steps}{log.way_on()}")
-                        raise SystemExit(128 + reports.signal)
-            if step < config.steps:
-                batch = next(batches)
-                loss = train_step(model, groups, batch, step)
-                reports.send(step, batch, loss, received)
-                cursor = batch.following
+    for step in range(first, config.steps + 1):
+        between = first < step < config.steps and step % config.adam_every == 0  # Adam is done
+        stopping = between and reports.signal > 0
+        saving = stopping or between and save_every and step % save_every == 0
+        validating = step in (0, config.steps) or config.val_every and step % config.val_every == 0
+        validating = validating and step != progress.validated and not stopping
+        if validating or saving:
+            reports.read()
+            with clock.stopped():
+                progress = progress._replace(step=step, seconds=clock.seconds, cursor=tuple(cursor))
+                if validating:
+                    loss = validate(model, data.val, data.val_tokens, step, processes)
+                    if not math.isfinite(loss):
+                        raise UserError(f"the validation loss after step {step} is {loss}{log.way_on()}")
+                    log.record(step, clock.seconds, val_loss=loss, peak_memory_mib=peak_memory(processes))
+                    progress = progress._replace(validated=step, val_loss=loss)
+                if saving:
+                    save_checkpoint(log, model, groups, data, processes, progress)
+                if stopping:
+                    name = signal.Signals(reports.signal).name
+                    log.line(f"stopped by {name} after step {step} of {config.steps}{log.way_on()}")
+                    raise SystemExit(128 + reports.signal)
+        if step < config.steps:
+            batch = next(batches)
+            loss = train_step(model, groups, batch, step)
+            reports.send(step, batch, loss, received)
+            cursor = batch.following
     return progress
 
 
@@ -1886,9 +1885,10 @@ def train(config, processes):
             cache = os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", own)
             log.line(f"compiling, untimed: seconds if {cache} knows the code, else minutes")
             log.line(f"compiled in {warm_up(model, groups, data, processes):.0f} s")
-        progress = training_loop(model, groups, data, processes, log, progress)
-        if log.folder:
-            save_somewhere(log, contents(model, data, progress))
+        with caught_signals() as received:
+            progress = training_loop(model, groups, data, processes, log, progress, received)
+            if log.folder:
+                save_somewhere(log, contents(model, data, progress))
         processes.barrier()
         pace = tokens_until(config.steps, config) / progress.seconds
         log.line(f"final val_loss {progress.val_loss:.4f} nats per token, training time "
@@ -2008,6 +2008,8 @@ def parse_command_line(arguments):
     if "train_files" in given:
         beside = re.sub("train(?=[^/]*$)", "val", given["train_files"])
         given.setdefault("val_files", beside)
+    if "out" in given:
+        given["out"] = os.path.expanduser(given["out"])
     return check_config(Config(**values | given))
 
 
@@ -2023,7 +2025,7 @@ def base_values(given):
     """The settings below those given: of a preset, or of the checkpoint that --resume names."""
     preset, resume = given.get("preset", "gpt2"), given.get("resume", "none")
     if resume not in ("none", "auto"):
-        saved = newest(Path(resume))
+        saved = newest(Path(resume).expanduser())
         given["resume"] = saved["path"]
         return asdict(saved["config"]) | {"out": str(Path(saved["path"]).parent.parent)}
     if preset not in PRESETS:
@@ -2201,9 +2203,10 @@ class RunLog(contextlib.AbstractContextManager):
     def __exit__(self, _kind, error, _trace):
         if self.folder:
             self.bar.close()
-            with contextlib.suppress(OSError), self.metrics, self.text:  # a full disk
-                if error and type(error) is not SystemExit:  # a signal has said its line
-                    self.line(f"ended: {one_line(error) or repr(error)}{self.way_on()}", show=False)
+            if error and type(error) is not SystemExit:  # a signal has said its line
+                self.line(f"ended: {one_line(error) or repr(error)}{self.way_on()}", show=False)
+            with contextlib.suppress(OSError), self.metrics, self.text:
+                pass  # closed, also on a full disk
 
     def way_on(self):
         """The end of a line that says why a run ended."""
@@ -2215,7 +2218,8 @@ class RunLog(contextlib.AbstractContextManager):
         """To log.txt, and to the screen."""
         if self.folder is None:
             return
-        self.text.write(text + "\n")
+        with contextlib.suppress(OSError):  # a full disk must not end the run
+            self.text.write(text + "\n")
         if show:
             try:
                 tqdm.write(text)
@@ -2227,11 +2231,12 @@ class RunLog(contextlib.AbstractContextManager):
         """An object in metrics.jsonl, and a line as speedrun logs have it, after `step` updates."""
         if self.folder is None:
             return
-        self.metrics.write(json.dumps({
-            "step": step,
-            "tokens": tokens_until(step, self.config),
-            **losses,
-            "train_time_s": round(seconds, 6)}) + "\n")
+        with contextlib.suppress(OSError):
+            self.metrics.write(json.dumps({
+                "step": step,
+                "tokens": tokens_until(step, self.config),
+                **losses,
+                "train_time_s": round(seconds, 6)}) + "\n")
         (kind, loss), *_ = losses.items()
         if kind == "val_loss" or step % 10 == 0 or step < 10:
             self.line(
@@ -2294,8 +2299,8 @@ def save_somewhere(log, saved):
         save(log.folder / "model.pt", saved)
     except (OSError, RuntimeError) as error:
         path = Path(tempfile.gettempdir(), f"{log.folder.name}.pt")
-        log.line(f"{one_line(error)}; the model goes to {path}")
         save(path, saved)
+        log.line(f"{one_line(error)}; the model is in {path}")
 
 
 def contents(model, data, progress):
@@ -2315,8 +2320,9 @@ def save_checkpoint(log, model, groups, data, processes, progress):
         name: [group.whole(buffer).cpu() for buffer in group.state]
         for name, group in groups.items()}
     if log.folder:
-        log.checkpoint = log.folder / f"checkpoint_{progress.step:07}.pt"
-        save(log.checkpoint, contents(model, data, progress) | {"state": state})
+        path = log.folder / f"checkpoint_{progress.step:07}.pt"
+        save(path, contents(model, data, progress) | {"state": state})
+        log.checkpoint = path
         for older in checkpoints(log.folder)[:-model.config.keep]:
             older.unlink()
     processes.barrier()
@@ -2332,17 +2338,32 @@ def read_checkpoint(path, wanted=None):
     None if it is not of the wanted Config's recipe. Raises UserError for any other file."""
     options = Config.__dataclass_fields__
     try:
-        saved = torch.load(path, weights_only=True, mmap=True)
-        config = Config(**{
-            name: typed(options[name], text) for name, text in saved["config"].items()})
-        if texts(config) != saved["config"]:
-            raise ValueError("it is of another version, whose settings are others")
-        if wanted and identity(config) != identity(wanted):
-            return None
+        if not os.path.isfile(path):
+            raise ValueError("it is not a regular file")
         with zipfile.ZipFile(path) as archive:
+            if any(part.compress_type for part in archive.infolist()):
+                raise ValueError("it is compressed, which torch.save never does")
+            for part in archive.namelist():  # the settings, before they are compared
+                if part.endswith("data.pkl"):
+                    archive.read(part)
+            saved = torch.load(path, weights_only=True, mmap=True)
+            if {type(text) for text in saved["config"].values()} != {str}:
+                raise ValueError("its settings are not texts")
+            config = Config(**{
+                name: typed(options[name], text) for name, text in saved["config"].items()})
+            if texts(config) != saved["config"]:
+                raise ValueError("it is of another version, whose settings are others")
+            if wanted and identity(config) != identity(wanted):
+                return None
             if part := archive.testzip():
                 raise ValueError(f"{part} is damaged")
-        progress = Progress(*(saved[name] for name in Progress._fields))
+        step, seconds, validated, loss, cursor = (saved[name] for name in Progress._fields)
+        progress = Progress(int(step), float(seconds), int(validated), float(loss), Cursor(*map(int, cursor)))
+        if not 0 <= saved["separator"] < saved["vocabulary"] <= 65_536:
+            raise ValueError("its vocabulary is impossible")
+        facts = [facts for part in saved["shards"].values() for facts in part.values()]
+        if any(type(number) is not int for numbers in facts for number in numbers):
+            raise ValueError("its shards are strange")
         return saved | {"path": str(path), "config": config, "progress": progress}
     except Exception as error:  # whatever reading and unpickling may raise
         raise UserError(
@@ -2451,9 +2472,10 @@ def caught_signals():
         elif "TORCHELASTIC_RUN_ID" not in os.environ:
             os._exit(128 + number)
 
-    # The last one is Slurm's warning.
+    # The last one is Slurm's warning. What nohup ignores stays ignored.
     numbers = signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1
-    before = {number: signal.signal(number, note) for number in numbers}
+    before = {number: signal.signal(number, note) for number in numbers
+              if signal.getsignal(number) is not signal.SIG_IGN}
     try:
         yield received
     finally:
@@ -2533,7 +2555,7 @@ def one_line(error):
 def main(arguments=None):
     """The command line, from its arguments. Of what all processes meet, process 0 speaks first."""
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # sizes vary by stage
-    sys.stdout = sys.stdout or open(os.devnull, "w")  # it was closed
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))
     sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be no text
     try:
         config = parse_command_line(arguments)

@@ -68,7 +68,7 @@ class Parser(argparse.ArgumentParser):
 def main(arguments: list[str] | None = None) -> None:
     """Command line. Raises UserError for bad input; the shards of an earlier run are then untouched."""
     options = parse(arguments)
-    folder = options.out or DEFAULT_FOLDER
+    folder = (options.out or DEFAULT_FOLDER).expanduser()
     inputs = sorted(map(os.path.realpath, options.paths)) or ["Python's own sources"]
     if options.paths and not options.out:
         check_replaceable(folder, inputs)
@@ -143,7 +143,7 @@ def check_replaceable(folder: Path, inputs: list[str]) -> None:
     if any(folder.glob("text_*.bin")):
         try:
             made_from = json.loads((folder / INPUTS).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             made_from = None
         if made_from != inputs:
             raise UserError(f"{shown(folder)} holds shards of other text; name a folder for these: --out FOLDER")

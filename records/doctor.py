@@ -10,6 +10,7 @@ anything to mend.
 import glob
 import math
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -189,4 +190,5 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it without a word
     sys.exit(main())

@@ -74,7 +74,8 @@ def parse(text: str, path: Path) -> tuple[dict[str, dict], dict]:
                 seconds, loss = float(record["train_time_s"]), float(record[f"{kind}_loss"])
                 records.append((kind, step, Point(step, int(record["tokens"]), seconds, loss)))
             elif line.startswith("{"):
-                config |= json.loads(line)
+                config |= {name: str(value) if isinstance(value, (list, dict)) and name in ("seed", "preset") else value
+                           for name, value in json.loads(line).items()}
             else:
                 garbled += line.startswith(("step:", "\0"))
         except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
@@ -100,7 +101,7 @@ def read_log(path: Path, batch: int = 0) -> Run | None:
     steps, (planned, seconds, average) = max(kept["step"].items())
     planned = planned or steps  # llm.c does not state it
     twin = path.name == "log.txt" and metrics.exists()
-    exact = parse(metrics.read_text(encoding="utf-8", errors="replace"), metrics)[0] if twin else kept
+    exact = parse(metrics.read_text(encoding="utf-8-sig", errors="replace"), metrics)[0] if twin else kept
     losses = {"train": [], "val": []}
     for kind, points in losses.items():
         for step, point in sorted((kept[kind] | exact[kind]).items()):
@@ -131,6 +132,8 @@ def read_log(path: Path, batch: int = 0) -> Run | None:
 
 
 def logs_at(path: Path) -> list[Path]:
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise UserError(f"{path} is not a regular file")
     if not path.is_dir() or (path / "log.txt").is_file():
         return [path / "log.txt" if path.is_dir() else path]
     return sorted(log for log in path.rglob("*") if log.suffix in (".txt", ".log") and log.is_file())

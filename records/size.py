@@ -9,6 +9,7 @@ characters.
 
 import io
 import re
+import signal
 import subprocess
 import sys
 import tokenize
@@ -57,4 +58,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it without a word
     main()

@@ -19,6 +19,7 @@ import glob
 import itertools
 import json
 import os
+import signal
 import statistics
 import sys
 import tempfile
@@ -605,4 +606,5 @@ def main(arguments: list[str] | None = None) -> dict | None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it without a word
     main()

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -149,6 +150,42 @@ def test_signals_save_and_say_how_to_go_on(corpus, tmp_path, finished, name):
     assert_equal_runs(run, finished)
 
 
+def test_what_nohup_ignores_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with train_gpt2.caught_signals() as received:
+            os.kill(os.getpid(), signal.SIGHUP)
+            os.kill(os.getpid(), signal.SIGUSR1)
+        assert received == [signal.SIGUSR1] and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_signal_does_not_stop_the_writing_of_the_model(corpus, tmp_path, monkeypatch, finished):
+    save = train_gpt2.save
+
+    def interrupted(path, saved):
+        if path.name == "model.pt":
+            os.kill(os.getpid(), signal.SIGTERM)
+        save(path, saved)
+
+    monkeypatch.setattr(train_gpt2, "save", interrupted)
+    assert_equal_runs(run_here(corpus, base=STAGES, out=tmp_path / "logs"), finished)
+
+
+def test_a_log_that_cannot_be_written_ends_nothing(corpus, tmp_path, monkeypatch, finished):
+    loop = train_gpt2.training_loop
+
+    def full(model, groups, data, processes, log, *others):
+        log.text, log.metrics = (open("/dev/full", "w", 1) for _ in range(2))
+        return loop(model, groups, data, processes, log, *others)
+
+    monkeypatch.setattr(train_gpt2, "training_loop", full)
+    main(command(corpus, base=STAGES, out=tmp_path / "logs"))
+    ours, theirs = weights(only_run(tmp_path / "logs")), weights(finished)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
 def test_a_second_signal_ends_at_once(corpus, tmp_path):
     arguments = command(corpus, base=STAGES, out=tmp_path / "logs", steps=4000, save_every=0, val_every=0)
     launched = Launched(tmp_path / "first", 1, spoiled, "0:3:SIGTERM,0:4:SIGTERM", *arguments)
@@ -196,7 +233,22 @@ def test_auto_says_what_it_found(corpus, copy, finished, capsys):
     assert "passed over" in said and "model.pt" in said and "resumed after" in said
 
 
-@pytest.mark.parametrize("fault", ["cut", "flipped", "setting"])
+def flipped_seed(path: Path) -> bytes:
+    content = path.read_bytes()
+    at = content.index(b"seed") + 4
+    at = content.index(b"0", at)
+    return content[:at] + b"1" + content[at + 1:]
+
+
+def repacked(path: Path, how: int) -> None:
+    with zipfile.ZipFile(path) as archive:
+        parts = {part: archive.read(part) for part in archive.namelist()}
+    with zipfile.ZipFile(path, "w", how) as archive:
+        for part, content in parts.items():
+            archive.writestr(part, content)
+
+
+@pytest.mark.parametrize("fault", ["cut", "flipped", "another seed", "compressed", "pipe", "setting"])
 def test_auto_never_starts_over_a_run_that_it_cannot_read(corpus, copy, capsys, fault):
     path = checkpoints(copy)[0]
     for other in checkpoints(copy)[1:]:
@@ -207,6 +259,13 @@ def test_auto_never_starts_over_a_run_that_it_cannot_read(corpus, copy, capsys, 
     elif fault == "flipped":
         content[len(content) // 2] ^= 1
         path.write_bytes(content)
+    elif fault == "another seed":  # a flipped bit, by which it would be of another recipe
+        path.write_bytes(flipped_seed(path))
+    elif fault == "compressed":  # torch would take the compressed bytes for weights
+        repacked(path, zipfile.ZIP_DEFLATED)
+    elif fault == "pipe":
+        path.unlink()
+        os.mkfifo(path)
     else:
         saved = torch.load(path, weights_only=True)
         del saved["config"]["smear"]  # as of an older script
@@ -251,6 +310,14 @@ class Runs:
         return os.mkdir, (str(Path(os.environ["PYTEST_MARK"]) / "ran"),)
 
 
+def nested(depth: int = 300) -> list:
+    """Each list holds the next one twice: 2^depth, if someone prints it."""
+    found = []
+    for _ in range(depth):
+        found = [found, found]
+    return found
+
+
 SPOIL = {
     "config is a list": lambda s: s.update(config=[]),
     "a setting is no text": lambda s: s["config"].update(steps=0),
@@ -259,7 +326,15 @@ SPOIL = {
     "settings contradict": lambda s: s["config"].update(width="30"),
     "a setting is unknown": lambda s: s["config"].update(magic="1"),
     "a setting is missing": lambda s: s["config"].pop("smear"),
+    "a setting is a list in itself": lambda s: s["config"].update(preset=nested()),
     "no step": lambda s: s.pop("step"),
+    "a step is a word": lambda s: s.update(step="x"),
+    "seconds are missing": lambda s: s.update(seconds=None),
+    "the cursor is a number": lambda s: s.update(cursor=3),
+    "shards are a number": lambda s: s.update(shards=3),
+    "shards are nested": lambda s: s["shards"]["train"].update(a=nested()),
+    "no shards": lambda s: s.pop("shards"),
+    "a vocabulary is huge": lambda s: s.update(vocabulary=10**12),
     "a weight is missing": lambda s: s["weights"].pop("head"),
     "a weight is of another shape": lambda s: s["weights"].update(head=torch.ones(3)),
     "a weight is no tensor": lambda s: s["weights"].update(head="x"),

@@ -230,3 +230,9 @@ def test_fuzzed_checkpoints_are_read_or_refused_in_one_line(corpus, tmp_path):
 
 def test_spelled():
     assert [spelled(value) for value in (True, (), (1, 2), 0.1, "auto")] == ["true", "none", "1,2", "0.1", "auto"]
+
+
+def test_a_home_folder_is_meant_by_its_sign(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert parse_command_line(["--out", "~/logs"]).out == str(tmp_path / "logs")
+    assert "cannot use" in refusal("--resume", "~/none") and str(tmp_path) in refusal("--resume", "~/none")

@@ -96,6 +96,16 @@ def test_a_garbled_line_is_the_only_one_lost(tmp_path, capsys):
     assert [point.step for point in report.read_log(folder / "log.txt").val] == [10, 20, 30]
 
 
+def test_a_byte_order_mark_and_strange_settings_change_nothing(tmp_path, capsys):
+    folder = write_run(tmp_path / "run", {10: 5.0, 20: 4.0, 30: 3.0})
+    (folder / "metrics.jsonl").write_text("\ufeff" + (folder / "metrics.jsonl").read_text())
+    text = (folder / "log.txt").read_text()
+    (folder / "log.txt").write_text(text + '{"seed": [1], "preset": {"a": 1}}\n')
+    assert "garbled" not in say(capsys, "show", folder)[2]
+    for command in ("verify", "band"):
+        assert "Traceback" not in say(capsys, command, folder)[2]
+
+
 @pytest.mark.parametrize("head, time, seconds", [
     (RULE + "\n", "{0}00ms", 50), ("\ufeff", "{0}00ms", 50), ("", "{0}.0s", 500)])
 def test_public_logs_are_read(tmp_path, head, time, seconds):
