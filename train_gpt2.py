@@ -1015,14 +1015,14 @@ class Block(nn.Module):
         if self.mudd is not None:  # all these weights depend on the token
             weights, streams = self.mudd(x), (shared.x0, source, x)
             of_values, of_stream, of_halves = weights[:3], weights[3:6], weights[6:8]
-            residual, output, m, n, *of_mlp = weights[8:]
+            residual, output, of_x0, of_bigram, *of_mlp = weights[8:]
             halves = torch.cat(of_halves, dim=-1).repeat_interleave((self.heads + 1) // 2, dim=-1)
             added = 0 if added is None else halves[..., :self.heads, None] * added
             added = added + weighted(of_values, streams).unflatten(-1, (self.heads, -1))
             x = x + weighted(of_stream, streams)
-            injected = m * shared.x0
+            injected = of_x0 * shared.x0
             if shared.bigram is not None:
-                injected = injected + on_first(n * shared.bigram, x.shape[-1])
+                injected = injected + on_first(of_bigram * shared.bigram, x.shape[-1])
         if self.attends:
             attended, value = self.attention(normed, shared, mask, added, first_value)
             x = mixed(x, attended, residual, output)
@@ -1111,13 +1111,13 @@ def add_rows(total, parts, order):
         grid = 4096, triton.cdiv(total.shape[1], 64)  # programs; parts of 64 channels
         add_rows_kernel[grid](total, parts.contiguous(), *order, total.shape[1], 64, 32, num_warps=1)
     else:
-        dtype = wide(total.dtype)
-        total += torch.zeros_like(total, dtype=dtype).index_add_(0, rows, parts[places].to(dtype))
+        result = total.to(wide(total.dtype))  # total itself, unless it is in bfloat16
+        total.copy_(result.index_add_(0, rows, parts[places].to(result.dtype)))
 
 
 class TableRows(torch.autograd.Function):
-    """Rows of a table. Their gradients go straight to where the table's gradient is summed, if it has
-    one yet: a gradient of their own, as large as the table, would be written and read for nothing."""
+    """Rows of a table. In training their gradients go straight to where the optimizer's group sums
+    them: a gradient of their own, as large as the table, would be written and read for nothing."""
 
     @staticmethod
     def forward(ctx, table, rows, order):
@@ -1126,14 +1126,13 @@ class TableRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        table, parts = ctx.table, gradient.flatten(0, 1)
-        if table.grad is None:
-            total = torch.zeros_like(table)
-            add_rows(total, parts, ctx.order)
-            return total, None, None
-        add_rows(table.grad, parts, ctx.order)
-        table.gradient_arrived(table)
-        return None, None, None
+        table = ctx.table
+        grouped = hasattr(table, "gradient_arrived")
+        total = table.grad if grouped else torch.zeros_like(table)
+        add_rows(total, gradient.flatten(0, 1), ctx.order)
+        if grouped:
+            table.gradient_arrived(table)
+        return None if grouped else total, None, None
 
 
 def skip_sources(config):

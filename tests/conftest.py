@@ -2,6 +2,7 @@
 `-m slow` or `-m gpu`."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 # Before torch is imported: the models are small, more threads only slow them down.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.pop("HF_HUB_OFFLINE", None)  # tests that download do so from a server of their own
+signal.signal(signal.SIGINT, signal.default_int_handler)  # shells start background jobs that ignore it
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 
