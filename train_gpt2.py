@@ -301,10 +301,10 @@ def turned_off(values, names):
     return values
 
 
-def preset_values(name, without=()):
-    """The settings of a preset, with further techniques turned off."""
+def preset_values(name):
+    """The settings of a preset that are not Config's defaults."""
     preset = PRESETS[name]
-    return turned_off(turned_off({"preset": name}, preset.without) | preset.values, without)
+    return turned_off({"preset": name}, preset.without) | preset.values
 
 
 # --------------------------------------------------------------------------------------------------
@@ -773,10 +773,8 @@ def rotary_tables(frequencies, positions, channels, dtype):
     K) each. Channels from 2 n on stay still."""
     position = torch.arange(positions, dtype=torch.float64, device=frequencies.device)
     angle = torch.outer(position, frequencies)
-    still = angle.new_zeros(positions, channels - 2 * len(frequencies))
-    cosine, sine = angle.cos(), angle.sin()
-    return (torch.cat((cosine, cosine, still + 1), dim=1).to(dtype),
-            torch.cat((sine, -sine, still), dim=1).to(dtype))
+    angle = F.pad(torch.cat((angle, -angle), dim=1), (0, channels - 2 * len(frequencies)))
+    return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
 def for_heads(table, tokens, heads, paired):
@@ -790,7 +788,8 @@ def for_heads(table, tokens, heads, paired):
 
 def rotary(x, cosine, sine, turning):
     """Rotary position embedding (RoFormer) of (R, T, H, K): channels j and j + n turn together by
-    their position's angle, for j < n, 2 n = turning (half-truncated, #17)."""
+    their position's angle, for j < n, 2 n = turning (half-truncated, #17). Those that stay still are
+    flipped as well, times 0."""
     across = x.unflatten(-1, (-1, 2, turning // 2)).flip(-2).flatten(-3) if turning else x
     return x * cosine + across * sine
 
@@ -803,24 +802,24 @@ def previous(x):
 def offset_keys(key, turning):
     """Partial key offset (#49): still channels of a key (R, T, H, K) come from the token before, so
     that one layer finds what followed an earlier occurrence of a token."""
-    moving, still = key.split((turning, key.shape[-1] - turning), dim=-1)
-    return torch.cat((moving, previous(still)), dim=-1)
+    return torch.cat((key[..., :turning], previous(key[..., turning:])), dim=-1)
 
 
 def smear(embedding, weight, gate_weight):
     """Smear (#34): each (R, T, D) embedding takes up a gated share of the one before."""
     share = (weight * gate(embedding, gate_weight)).to(embedding.dtype)[..., None]
-    return torch.cat((embedding[:, :1], embedding[:, 1:] + share[:, 1:] * embedding[:, :-1]), dim=1)
+    return embedding + share * F.pad(embedding[:, :-1], (0, 0, 1, 0))
 
 
 def bigram_rows(tokens, rows):
     """Bigram hash (#62): (R, T) int32 -> the table's row of each token and the one before. The first
     token has the last of the `rows`, whose number the second one sees in its place, as in the record.
     Products wrap in int32; the remainder is never negative."""
-    first = torch.full_like(tokens[:, :1], rows - 1)
-    before = torch.cat((first, first, tokens[:, 1:-1]), dim=1)[:, :tokens.shape[1]]
+    before = previous(tokens)
+    before[:, :2] = rows - 1
     hashed = ((36_313 * tokens) ^ (27_191 * before)) % (rows - 1)
-    return torch.cat((first, hashed[:, 1:]), dim=1)
+    hashed[:, 0] = rows - 1
+    return hashed
 
 
 def sign_rows(tokens, rows):
@@ -890,7 +889,8 @@ def mixed(x, added, residual, output):
     return (x if residual is None else residual * x) + added
 
 
-def weighted(weights, streams):
+def weighted_sum(weights, streams):
+    """Of the streams that there are."""
     return sum(weight * stream for weight, stream in zip(weights, streams, strict=True)
                if stream is not None)
 
@@ -938,7 +938,7 @@ class Exit(nn.Module):
         """(R, T, D), and the streams that MUDD adds, or None: x0, attention's source, the one before the
         last block, the first value embedding, the first output that is kept for a skip."""
         if self.mudd is not None:
-            x = x + weighted(self.mudd(x), streams)
+            x = x + weighted_sum(self.mudd(x), streams)
         return rms_norm(x, self.epsilon)
 
 
@@ -979,9 +979,11 @@ class Block(nn.Module):
         each = [1 + self.attends] if config.mixing == "sublayers" else []
         self.residual = scalar(*each, first=first, used=not dynamic and config.mixing != "none")
         self.output = scalar(*each, first=1.0, used=not dynamic and each != [])
+        # Of x0, source and stream in values, and in the stream; of halves of the heads; attention's
+        # weights of stream and output; of x0 and bigrams; the MLP's weights of stream and output.
         self.mudd = Mudd((0.0,) * 6 + (2.0, 2.0, first, 1.0, 0.0, BIGRAM_INIT, first, 1.0),
                          config, dtype, draw) if dynamic else None
-        skipped = skip_sources(config).get(layer) is not None
+        skipped = layer in skip_sources(config)
         self.skip_mix = scalar(first=-1.5 if config.gated_skip else 1.0, used=skipped)
         self.skip_gate = scalar(gate_size, used=skipped and config.gated_skip != ())
         self.in_scale = scalar(first=0.5, used=self.attends and config.attention_mix)
@@ -993,11 +995,12 @@ class Block(nn.Module):
             layer in config.value_layers and config.value_gates and not dynamic))
 
     def attend(self, x, shared, mask, injected, skip, source, embedding, first_value):
-        """The attention sublayer. All (R, T, D) or None, but for layer 0's values (R, T, H, K). It reads
-        the source, if there is one, or the stream. Returns the stream; this layer's values if it is
-        the first; and MUDD's weights of the stream and of what the MLP adds to it, (R, T, 1)."""
+        """The attention sublayer. x (R, T, D) is the stream; injected, skip, source (read in place of the
+        stream) and embedding (of values) have its shape or are None; first_value: layer 0's values, (R,
+        T, H, K). Returns the stream; own values, if `gives_values`; in MUDD's layer, the MLP's weights of
+        the stream and of its output, (R, T, 1) each."""
         residual = output = value = of_mlp = None
-        if self.output is not None:  # it is on attention's matrix
+        if self.output is not None:  # whose first weight is on the output matrix, in attention()
             residual = self.residual[0]
         if skip is not None:
             share = self.skip_mix
@@ -1018,8 +1021,8 @@ class Block(nn.Module):
             residual, output, of_x0, of_bigram, *of_mlp = weights[8:]
             halves = torch.cat(of_halves, dim=-1).repeat_interleave((self.heads + 1) // 2, dim=-1)
             added = 0 if added is None else halves[..., :self.heads, None] * added
-            added = added + weighted(of_values, streams).unflatten(-1, (self.heads, -1))
-            x = x + weighted(of_stream, streams)
+            added = added + weighted_sum(of_values, streams).unflatten(-1, (self.heads, -1))
+            x = x + weighted_sum(of_stream, streams)
             injected = of_x0 * shared.x0
             if shared.bigram is not None:
                 injected = injected + on_first(of_bigram * shared.bigram, x.shape[-1])
@@ -1063,11 +1066,10 @@ class Block(nn.Module):
             value = value + added
         if self.key_offset:
             key = offset_keys(key, self.turning)
-        parts = query, key, value
-        if self.paired:  # (R, 2 T, H / 2, K): heads h and h + H / 2 are two positions (#58)
-            parts = [part.reshape(rows, 2 * tokens, self.heads // 2, -1) for part in parts]
-        out = attention(*(part.transpose(1, 2) for part in parts), mask)
-        out = out.transpose(1, 2).reshape(rows, tokens, self.heads, -1)
+        # Paired (#58): heads h and h + H / 2 of a token are two positions of one head.
+        shape = (rows, 2 * tokens, self.heads // 2, -1) if self.paired else value.shape
+        parts = (part.reshape(shape).transpose(1, 2) for part in (query, key, value))
+        out = attention(*parts, mask).transpose(1, 2).reshape(value.shape)
         if self.xsa is not None:
             out = leave_out(out, value, self.xsa)
         if self.attention_gate is not None:
@@ -1079,7 +1081,9 @@ if triton:
     @triton.jit
     def add_rows_kernel(total, parts, rows, places, begins, runs, width: tl.constexpr,
                         CHANNELS: tl.constexpr, AT_ONCE: tl.constexpr):
-        """A program adds up all gradients of a row, so that no two write to one place."""
+        """total[row] += the sum of parts[place] over the places of that row. A program takes every so
+        many-th run of equal rows, CHANNELS of their channels, AT_ONCE places at a time; no two
+        programs write to one place."""
         channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
         for run in range(tl.program_id(0), tl.load(runs), tl.num_programs(0)):
             begin, end = tl.load(begins + run), tl.load(begins + run + 1)
@@ -1095,8 +1099,8 @@ if triton:
 
 
 def sorted_rows(rows):
-    """(R, T) int -> the rows in order and the place of each, (R T,) int32; where each run of equal rows
-    begins, (R T + 1,) int32, R T from the end of the last one on; and how many runs there are, (1,)."""
+    """(R, T) int -> rows, in order, and their places, (R T,) int32; begins, (R T + 1,) int32: where each run
+    of equal rows begins, and R T after the last one; runs, (1,): how many there are."""
     found, places = rows.flatten().int().sort(stable=True)
     run = F.pad((found[1:] != found[:-1]).cumsum(0), (1, 0))
     numbers = torch.arange(len(found) + 1, device=rows.device)
@@ -1105,19 +1109,21 @@ def sorted_rows(rows):
 
 def add_rows(total, parts, order):
     """Add parts (R T, n) to the rows of total (V, n), in place, in at least float32: in bfloat16, a
-    token that is there 2,000 times would lose a quarter of its sum. order: of `sorted_rows`."""
+    token that is there 2,000 times would lose a quarter of its sum. order: what `sorted_rows` gives."""
     rows, places, *_ = order
     if parts.is_cuda and total.dtype != torch.float64:  # 0.14 ms for 0.49 of torch's own on an H100
         grid = 4096, triton.cdiv(total.shape[1], 64)  # programs; parts of 64 channels
-        add_rows_kernel[grid](total, parts.contiguous(), *order, total.shape[1], 64, 32, num_warps=1)
+        add_rows_kernel[grid](total, parts.contiguous(), *order, width=total.shape[1],
+                              CHANNELS=64, AT_ONCE=32, num_warps=1)
     else:
         result = total.to(wide(total.dtype))  # total itself, unless it is in bfloat16
         total.copy_(result.index_add_(0, rows, parts[places].to(result.dtype)))
 
 
 class TableRows(torch.autograd.Function):
-    """Rows of a table. In training their gradients go straight to where the optimizer's group sums
-    them: a gradient of their own, as large as the table, would be written and read for nothing."""
+    """(V, n), (R, T) int -> (R, T, n). In training, gradients are added to the table's own in its group: a
+    gradient of this lookup, as large as the table, would be written and read for nothing. As autograd
+    then has none, the group is told by `gradient_arrived`."""
 
     @staticmethod
     def forward(ctx, table, rows, order):
@@ -1138,9 +1144,10 @@ class TableRows(torch.autograd.Function):
 def skip_sources(config):
     """By layer, the earlier one whose output it receives: one through a gate (#45, #55), or all of the
     second half those of the first, mirrored (U-net, #11)."""
-    half = range(config.layers // 2 if config.unet_skips else 0)
-    gated = [config.gated_skip[::-1]] if config.gated_skip else []
-    return {config.layers - 1 - i: i for i in half} | dict(gated)
+    if config.gated_skip:
+        source, layer = config.gated_skip
+        return {layer: source}
+    return {config.layers - 1 - i: i for i in range(config.layers // 2) if config.unet_skips}
 
 
 class GPT(nn.Module):
@@ -1159,7 +1166,7 @@ class GPT(nn.Module):
             Entrance.forward, Block.attend, Block.transform, Exit.forward))
         self.quantised, self.chunk_losses, self.scaled = (
             compiled_if(compiled, part) for part in (quantised, chunk_losses, scaled))
-        # Its tiles are searched: 2.2 ms for 2.5 of an H100.
+        # Tile sizes are autotuned: 2.2 ms for 2.5 of an H100.
         self.chunk_gradient = compiled_if(compiled, chunk_gradient, coordinate_descent_tuning=True)
         if compiled:  # kinds of layers, times stages, with and without gradients
             torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 4096
@@ -1183,7 +1190,7 @@ class GPT(nn.Module):
         self.register_buffer("frequencies", torch.stack(frequencies), persistent=False)
         scales = torch.tensor(scales, dtype=wide(self.dtype))
         self.register_buffer("scales", scales, persistent=False)
-        if prefixes is not None:  # of target -1, the last one: none
+        if prefixes is not None:  # of target -1, which finds the last one: none
             prefixes = F.pad(torch.as_tensor(prefixes, dtype=torch.int64), (0, 1), value=-1)
         self.register_buffer("prefixes", prefixes, persistent=False)
 
@@ -1266,7 +1273,7 @@ def attention_masks(model, starts, windows):
 # Divisors before a cast to float8, as the records measured them (#51, #55): hidden states up to 100 and
 # weights up to 1.6 fit into e4m3, gradients up to 96 into e5m2.
 HIDDEN_UNIT, HEAD_UNIT, GRADIENT_UNIT = 100 / 448, 1.6 / 448, 0.75 / 448
-BIT = math.log(2)  # in nats: logits are counted in bits meanwhile, as GPUs have 2^x but not e^x
+BIT = math.log(2)  # in nats: inside, logits are in bits, as GPUs compute 2^x but not e^x
 
 
 def quantised(x, unit, dtype):
@@ -1297,7 +1304,8 @@ def softcap(z, cap, unit=1.0):
 
 def chunk_losses(z, targets, weights, cap):
     """(n, V), (n, k) -> weighted loss and loss of the next token, in nats; log2 of the sum of exponentials
-    (n, 1). A target of -1 is none. Alone in its graph: only then is the gradient one pass over z."""
+    (n, 1). A target of -1 is none. It is compiled apart from the gradient: in one graph the compiler
+    makes one kernel of both, whose transposed copy is slow."""
     logits = softcap(z.to(wide(z.dtype)), cap, BIT)[0]
     bounded = 0 < cap[0] <= 60  # no exponential overflows: the maximum need not be known first
     highest = 0 if bounded else logits.amax(-1, keepdim=True)
@@ -1308,7 +1316,8 @@ def chunk_losses(z, targets, weights, cap):
 
 
 def chunk_gradient(z, normaliser, targets, weights, cap, float8):
-    """The gradient of the weighted loss by z, (n, V); in float8, also its transpose."""
+    """(n, V), (n, 1), (n, k) -> the gradient of the weighted loss by z, (n, V); in float8, also its
+    transpose."""
     logits, derivative = softcap(z.to(wide(z.dtype)), cap, BIT)
     token = torch.arange(z.shape[1], dtype=torch.int32, device=z.device)
     columns = targets.int().split(1, dim=1)
@@ -1327,8 +1336,9 @@ def scaled(x, factor, dtype):
 
 
 class ChunkedLoss(torch.autograd.Function):
-    """Sums of cross-entropies over chunks of config.loss_chunk tokens. The rows that pad the head count
-    among the tokens, in validation too, as in the records."""
+    """hidden (N, D), head (V, D), targets (N, k), k weights -> the sum of all weighted cross-entropies, and of
+    those of the next token, (), by chunks of config.loss_chunk tokens. Rows that pad the head take part
+    in the softmax, in validation too, as in the records."""
 
     @staticmethod
     def forward(ctx, hidden, head, targets, weights, model, with_gradient):
@@ -1339,7 +1349,7 @@ class ChunkedLoss(torch.autograd.Function):
         total, next_token = torch.zeros((2,), dtype=wide(dtype), device=hidden.device)
         chunks = zip(hidden.split(config.loss_chunk), targets.split(config.loss_chunk), strict=True)
         for chunk, wanted in chunks:
-            z = gradient = across = None  # the memory of the chunk before is free for this one
+            z = gradient = transposed_gradient = None  # the memory of the chunk before is free for this one
             if float8:  # all three products
                 chunk, chunk_transposed = model.quantised(chunk, HIDDEN_UNIT, torch.float8_e4m3fn)
                 z = float8_product(chunk, narrow, HIDDEN_UNIT * HEAD_UNIT, dtype, fast=True)
@@ -1350,23 +1360,25 @@ class ChunkedLoss(torch.autograd.Function):
             next_token += next_loss
             if not with_gradient:
                 continue
-            gradient, across = model.chunk_gradient(z, normaliser, wanted, weights, config.softcap, float8)
+            gradient, transposed_gradient = model.chunk_gradient(
+                z, normaliser, wanted, weights, config.softcap, float8)
             if float8:
                 by_hidden.append(float8_product(gradient, transposed, GRADIENT_UNIT * HEAD_UNIT, dtype))
-                product = float8_product(across, chunk_transposed, GRADIENT_UNIT * HIDDEN_UNIT, total.dtype)
+                product = float8_product(
+                    transposed_gradient, chunk_transposed, GRADIENT_UNIT * HIDDEN_UNIT, total.dtype)
             else:
                 by_hidden.append(gradient @ narrow)
                 product = (gradient.mT @ chunk).to(total.dtype)
             by_head = product if by_head is None else by_head.add_(product)
         if with_gradient:
             ctx.save_for_backward(torch.cat(by_hidden), by_head)
-            ctx.scaled, ctx.dtypes = model.scaled, (dtype, head.dtype)
+            ctx.model, ctx.dtypes = model, (dtype, head.dtype)
         ctx.mark_non_differentiable(next_token)
         return total, next_token
 
     @staticmethod
     def backward(ctx, gradient, _):
-        found = (ctx.scaled(x, gradient, dtype)
+        found = (ctx.model.scaled(x, gradient, dtype)
                  for x, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True))
         return *found, None, None, None, None
 
@@ -1416,13 +1428,13 @@ class Group:
         self.state, self.pending, self.work = [], set(), None  # state: buffers of this slice
         self.exchanges = self.world > 1  # not in the warm-up
 
-    def per_item(self, values):
-        """A value or tuple for each parameter -> one for each item of this slice; 0 for padding."""
-        values = torch.tensor(values, dtype=self.wide)
-        items = values.new_zeros(len(self.weights), *values.shape[1:])
+    def per_item(self, values, *shape):
+        """A value of this shape for each parameter, or for each of its items -> one for each item of this
+        process's slice; 0 for padding."""
+        items = self.shard.new_zeros(len(self.weights), *shape, dtype=self.wide)
         for part, value in zip(self.parts, values, strict=True):
-            items[part] = value
-        return items[self.mine].to(self.shard.device)
+            items[part] = items.new_tensor(value)
+        return items[self.mine]
 
     def expect_gradients(self):
         """The next backward pass is the last of the step: reduce when all its gradients are there."""
@@ -1467,9 +1479,8 @@ class Group:
         """This process's slice of such a buffer."""
         if whole.shape != (self.length, *buffer.shape[1:]):
             raise ValueError(f"{self.name} has state of shape {tuple(whole.shape)}")
-        padded = whole.new_zeros(len(self.weights), *buffer.shape[1:])
-        padded[:self.length] = whole
-        buffer.copy_(padded[self.mine])
+        part = whole[self.mine]  # shorter, where the slice ends in padding
+        buffer.zero_()[:len(part)] = part
 
 
 # Margin on the norm, and coefficients of the quintics a x + b x^3 + c x^5 that drive every singular
@@ -1540,12 +1551,10 @@ def muon_update(weight, gradient, average, mean_square, low_bits, scale, rate, m
         update = equalise_rows(update, mean_square, beta2)
     old = weight if low_bits is None else join_bits(weight, low_bits)
     new = old - scale * rate * (update + decay * rate * old * (update * old >= 0))
-    if low_bits is None:
-        weight.copy_(new)
-    else:
-        high, low = split_bits(new)
-        weight.copy_(high)
+    if low_bits is not None:
+        new, low = split_bits(new)
         low_bits.copy_(low)
+    weight.copy_(new)
 
 
 def adam_update(weight, gradient, mean, mean_square, settings, factor, count, epsilon):
@@ -1572,10 +1581,7 @@ class Muon(Group):
         self.state = [average, torch.zeros_like(average.mean(equalised_axis(average), keepdim=True))]
         if self.weights.dtype == torch.bfloat16:
             self.state.append(torch.zeros_like(self.shard, dtype=torch.int16))
-        scale = average.new_zeros(len(self.weights))
-        for part, factors in zip(self.parts, scales, strict=True):
-            scale[part] = scale.new_tensor(factors)  # one for all its matrices, or one for each
-        self.scale = scale[self.mine, None, None]
+        self.scale = self.per_item(scales)[:, None, None]
 
     def is_due(self, step):
         return True
@@ -1594,7 +1600,7 @@ class Adam(Group):
     def __init__(self, name, axes, parameters, settings, model, processes):
         """settings: rate, beta1, beta2, decay of each parameter."""
         super().__init__(name, parameters, axes, model.config, processes)
-        self.settings = self.per_item(settings)
+        self.settings = self.per_item(settings, 4)
         self.after = last_tied_step(model.config) if name == "embedding" else -1
         self.kernel = compiled_if(model.compiled, adam_update)
         self.state = [torch.zeros_like(self.shard, dtype=self.wide) for _ in range(2)]
@@ -1719,14 +1725,13 @@ def validate(model, stream, tokens, step, processes):
     round the processes; the sum is divided once, so that the number of processes does not matter."""
     config, row, device = model.config, model.config.val_row_tokens, processes.device
     phase = phase_at(step, config)._replace(token_weights=(1.0,), prefix_weight=0.0)
-    rows, world = rows_at_once(config, row, device), processes.world
-    passes = range(-(-tokens // (rows * row * world)))  # as many on every process
-    places = ((index * world + processes.rank) * rows * row for index in passes)
+    rows = rows_at_once(config, row, device)
+    places = range(processes.rank * rows * row, tokens, processes.world * rows * row)
     batches = (validation_rows(stream, place, rows, row, tokens) for place in places)
     total = torch.zeros((), dtype=torch.float64, device=device)
     for batch in prefetched(batches, device):
         total += model.loss(batch, phase)[1]
-    if world > 1:
+    if processes.world > 1:
         dist.all_reduce(total)
     return total.item() / tokens
 
@@ -1858,9 +1863,10 @@ def train(config, processes):
         "script": Path(__file__).read_text(encoding="utf-8"), "torch": torch.__version__, "float8": float8})
     saved = checkpoint_to_resume(config, data, processes)
     if saved and "state" not in saved:  # so that a job that is repeated until it is done ends
-        if processes.rank == 0:
-            print(f"this run is finished: {saved['path']}; --resume none starts anew")
-        return Path(saved["path"]).parent if processes.rank == 0 else None
+        if processes.rank > 0:
+            return None
+        print(f"this run is finished: {saved['path']}; --resume none starts anew")
+        return Path(saved["path"]).parent
     with RunLog(config, processes, saved) as log:
         log.line("\n".join([environment(processes), json.dumps(asdict(config)),
                             f"shards {json.dumps(data.fingerprints)}"]), show=False)
@@ -2342,7 +2348,7 @@ def read_checkpoint(path, wanted=None):
         with zipfile.ZipFile(path) as archive:
             if any(part.compress_type for part in archive.infolist()):
                 raise ValueError("it is compressed, which torch.save never does")
-            for part in archive.namelist():  # the settings, before they are compared
+            for part in archive.namelist():  # the checksum of the settings; of the rest if these fit
                 if part.endswith("data.pkl"):
                     archive.read(part)
             saved = torch.load(path, weights_only=True, mmap=True)
@@ -2360,7 +2366,7 @@ def read_checkpoint(path, wanted=None):
         progress = Progress(int(step), float(seconds), int(validated), float(loss), Cursor(*map(int, cursor)))
         if not 0 <= saved["separator"] < saved["vocabulary"] <= 65_536:
             raise ValueError("its vocabulary is impossible")
-        facts = [facts for part in saved["shards"].values() for facts in part.values()]
+        facts = [numbers for part in saved["shards"].values() for numbers in part.values()]
         if any(type(number) is not int for numbers in facts for number in numbers):
             raise ValueError("its shards are strange")
         return saved | {"path": str(path), "config": config, "progress": progress}

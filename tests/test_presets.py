@@ -55,7 +55,7 @@ def test_a_technique_that_a_preset_has_not_cannot_be_left_out():
 def test_the_order_in_which_techniques_are_left_out_does_not_matter():
     """"blocks" puts back what "none" took away."""
     both = ["x0-shortcut", "sublayer-mixing"]
-    values = [Config(**preset_values("gpt2", order)) for order in (both, both[::-1])]
+    values = [Config(**train_gpt2.turned_off(preset_values("gpt2"), order)) for order in (both, both[::-1])]
     assert values[0] == values[1] and values[0].mixing == "none"
 
 
