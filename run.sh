@@ -73,7 +73,9 @@ for word in "$@"; do  # each is an option, its value, or option=value; relative 
     --preset\ *) preset=$text ;;
     --device\ *) device=$text ;;
     --train[-_]files\ * | --val[-_]files\ * | --out\ * | --resume\ *)
-        [[ "$text" == /* ]] || word=${word%"$text"}$from/$text
+        here=$from
+        [[ "$option" != *files ]] || here=${from//\[/[[]}  # a bracket is meant as one
+        [[ "$text" == /* || "$text" == "~"* ]] || word=${word%"$text"}$here/$text
         case "$option" in --train*) files=$text ;; --resume) resume=$text ;; esac ;;
     esac
     words+=("$word")
@@ -111,9 +113,17 @@ fi
 log=$(mktemp)
 trap 'rm -f "$log"' EXIT
 python train_gpt2.py "$@" | tee -i "$log"  # which goes on after Ctrl-C, as the script does
-run=$(sed -n 's/.*all of it in \([^;]*\).*/\1/p; s/.*is finished: \(.*\)\/model.pt.*/\1/p' "$log" | tail -1)
+run=$(sed -n 's/.*all of it in \(.*\)/\1/p; s/.*is finished: \(.*\)\/model.pt.*/\1/p' "$log" | tail -1)
 prompt="def "  # the start of Python, which is what it learned unless other text was given
 [[ -z "$files$resume" ]] || prompt=""
 say "a sample of what it learned"
 python evals/sample.py "$run" --prompt "$prompt" --tokens 300
-say "more: python evals/sample.py $run --prompt TEXT"
+printf -v shown %q "$run"
+if python -c 'import matplotlib' 2>/dev/null && python records/report.py plot "$run/loss.png" "$run" >/dev/null; then
+    say "its loss over time and tokens: $shown/loss.png"
+else
+    say "a picture of its loss: pip install matplotlib; python records/report.py plot loss.png $shown"
+fi
+say "next: python evals/sample.py $shown --prompt TEXT"
+say "      python data/text.py YOUR-TEXT --out data/mine"
+say "      python evals/export.py $shown"

@@ -12,7 +12,8 @@ Part I is the recipe, in the order in which data flows:
 Part II is the machinery: command line, processes, log, checkpoints, clock and signals, errors.
 
 Importing this file does nothing. What is learned lives in the model's parameters and the optimizers'
-buffers; a frozen Config says how, a Progress how far. (#49) is record 49 of the speedrun, which brought a technique.
+buffers; a frozen Config says how, a Progress how far. (#49) is record 49 of the speedrun, which
+brought a technique.
 Shapes: R rows, T tokens of a row, D width, H heads, K = D / H, V vocabulary. Arguments that have a
 shape are tensors; config, model, groups, stream, phase, processes and step are what they are called.
 """
@@ -1164,8 +1165,8 @@ class GPT(nn.Module):
         self.dtype, self.float8, self.compiled = getattr(torch, config.dtype), float8, compiled
         self.enter, self.attend, self.transform, self.leave = (compiled_if(compiled, part) for part in (
             Entrance.forward, Block.attend, Block.transform, Exit.forward))
-        self.quantised, self.chunk_losses, self.scaled = (
-            compiled_if(compiled, part) for part in (quantised, chunk_losses, scaled))
+        self.quantised, self.chunk_losses = (
+            compiled_if(compiled, part) for part in (quantised, chunk_losses))
         # Tile sizes are autotuned: 2.2 ms for 2.5 of an H100.
         self.chunk_gradient = compiled_if(compiled, chunk_gradient, coordinate_descent_tuning=True)
         if compiled:  # kinds of layers, times stages, with and without gradients
@@ -1331,10 +1332,6 @@ def chunk_gradient(z, normaliser, targets, weights, cap, float8):
     return (gradient * BIT).to(z.dtype), None
 
 
-def scaled(x, factor, dtype):
-    return (x * factor).to(dtype)
-
-
 class ChunkedLoss(torch.autograd.Function):
     """hidden (N, D), head (V, D), targets (N, k), k weights -> the sum of all weighted cross-entropies, and of
     those of the next token, (), by chunks of config.loss_chunk tokens. Rows that pad the head take part
@@ -1371,16 +1368,14 @@ class ChunkedLoss(torch.autograd.Function):
                 product = (gradient.mT @ chunk).to(total.dtype)
             by_head = product if by_head is None else by_head.add_(product)
         if with_gradient:
-            ctx.save_for_backward(torch.cat(by_hidden), by_head)
-            ctx.model, ctx.dtypes = model, (dtype, head.dtype)
+            ctx.save_for_backward(torch.cat(by_hidden), by_head.to(head.dtype))
         ctx.mark_non_differentiable(next_token)
         return total, next_token
 
     @staticmethod
     def backward(ctx, gradient, _):
-        found = (ctx.model.scaled(x, gradient, dtype)
-                 for x, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True))
-        return *found, None, None, None, None
+        by_hidden, by_head = ctx.saved_tensors
+        return by_hidden * gradient, by_head * gradient, None, None, None, None
 
 
 # --------------------------------------------------------------------------------------------------

@@ -135,7 +135,7 @@ def float8_head(config, gpus):
     for float8 in (False, True):
         model = SimpleNamespace(float8=float8, config=config, **{
             name: train_gpt2.compiled_if(gpus > 0, getattr(train_gpt2, name))
-            for name in ("quantised", "chunk_losses", "chunk_gradient", "scaled")})
+            for name in ("quantised", "chunk_losses", "chunk_gradient")})
         leaves = [part.clone().requires_grad_() for part in (hidden, head)]
         loss, _ = train_gpt2.ChunkedLoss.apply(*leaves, targets, [torch.ones(())], model, True)
         loss.backward()

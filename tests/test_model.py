@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import train_gpt2
 from train_gpt2 import (
     GPT, GRADIENT_UNIT, HEAD_UNIT, HIDDEN_UNIT, ChunkedLoss, Config, attention, bigram_rows, chunk_gradient,
-    chunk_losses, leave_out, phase_at, quantised, scaled, sign_rows, wide)
+    chunk_losses, leave_out, phase_at, quantised, sign_rows, wide)
 
 
 def loss_of(model: GPT, batch, step: int = 0) -> torch.Tensor:
@@ -218,7 +218,7 @@ def operands(tokens=41, width=6, vocabulary=11, dtype=torch.float64, columns=1):
 def chunked(hidden, head, targets, weights=(1.0,), chunk=10, cap=CAPS["record 62"], with_gradient=True, float8=False):
     """Both losses. Of the model only what the loss reads."""
     model = SimpleNamespace(config=Config(loss_chunk=chunk, softcap=cap), float8=float8, quantised=quantised,
-                            chunk_losses=chunk_losses, chunk_gradient=chunk_gradient, scaled=scaled)
+                            chunk_losses=chunk_losses, chunk_gradient=chunk_gradient)
     weights = [torch.tensor(weight, dtype=wide(hidden.dtype)) for weight in weights]
     return ChunkedLoss.apply(hidden, head, targets, weights, model, with_gradient)
 
