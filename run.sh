@@ -38,6 +38,7 @@ PYTHON
 }
 
 install requirements.txt
+export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-1000}  # threads that wait leave the processor to other programs
 case "${1:-}" in
 test)
     shift
