@@ -631,7 +631,7 @@ def step_batches(stream, config, processes, first=0, cursor=Cursor()):
         mine = rows[processes.rank * share:(processes.rank + 1) * share]
         tokens, starts, positions = zip(*mine, strict=True)
         tokens, starts = (torch.from_numpy(np.stack(part)) for part in (tokens, starts))
-        starts = starts[:, :-1].contiguous()
+        starts = starts[:, :-1].contiguous()  # else its copy to a GPU would wait
         yield Batch(tokens[:, :-1].int(), tokens[:, 1:].long(), starts, positions, following)
 
 
@@ -995,13 +995,13 @@ class Block(nn.Module):
         self.value_gate = scalar(config.heads, gate_size, used=(
             layer in config.value_layers and config.value_gates and not dynamic))
 
-    def attend(self, x, shared, mask, injected, skip, source, embedding, first_value):
-        """The attention sublayer. x (R, T, D) is the stream; injected, skip, source (read in place of the
+    def attention_sublayer(self, x, shared, mask, injected, skip, source, embedding, first_value):
+        """x (R, T, D) is the stream; injected, skip, source (which attention reads in place of the
         stream) and embedding (of values) have its shape or are None; first_value: layer 0's values, (R,
         T, H, K). Returns the stream; own values, if `gives_values`; in MUDD's layer, the MLP's weights of
         the stream and of its output, (R, T, 1) each."""
         residual = output = value = of_mlp = None
-        if self.output is not None:  # whose first weight is on the output matrix, in attention()
+        if self.output is not None:  # whose first weight is on the output matrix, in attend()
             residual = self.residual[0]
         if skip is not None:
             share = self.skip_mix
@@ -1028,14 +1028,14 @@ class Block(nn.Module):
             if shared.bigram is not None:
                 injected = injected + on_first(of_bigram * shared.bigram, x.shape[-1])
         if self.attends:
-            attended, value = self.attention(normed, shared, mask, added, first_value)
+            attended, value = self.attend(normed, shared, mask, added, first_value)
             x = mixed(x, attended, residual, output)
         if injected is not None:
             x = x + injected
         return x, value if self.gives_values else None, of_mlp
 
-    def transform(self, x, weights):
-        """The MLP sublayer: (R, T, D) -> the stream, by MUDD's two weights (R, T, 1) or its own."""
+    def mlp_sublayer(self, x, weights):
+        """(R, T, D) -> the stream, by MUDD's two weights (R, T, 1) or its own."""
         up, down = self.mlp.to(x.dtype).unbind(0)
         residual, output = weights or (None, None)
         if self.output is not None:
@@ -1043,7 +1043,7 @@ class Block(nn.Module):
         hidden = F.linear(rms_norm(x, self.epsilon), up).relu().square()  # ReLU^2 (Primer)
         return mixed(x, hidden @ down, residual, output)
 
-    def attention(self, x, shared, mask, added, first_value):
+    def attend(self, x, shared, mask, added, first_value):
         """What attention adds to the stream, (R, T, D), and this layer's own values, (R, T, H, K).
         added: to the values."""
         rows, tokens, width = x.shape
@@ -1163,8 +1163,9 @@ class GPT(nn.Module):
         super().__init__()
         self.config, self.vocabulary = config, vocabulary
         self.dtype, self.float8, self.compiled = getattr(torch, config.dtype), float8, compiled
-        self.enter, self.attend, self.transform, self.leave = (compiled_if(compiled, part) for part in (
-            Entrance.forward, Block.attend, Block.transform, Exit.forward))
+        self.enter, self.attention_sublayer, self.mlp_sublayer, self.leave = (  # called with the module
+            compiled_if(compiled, part) for part in (
+                Entrance.forward, Block.attention_sublayer, Block.mlp_sublayer, Exit.forward))
         self.quantised, self.chunk_losses = (
             compiled_if(compiled, part) for part in (quantised, chunk_losses))
         # Tile sizes are autotuned: 2.2 ms for 2.5 of an H100.
@@ -1196,8 +1197,8 @@ class GPT(nn.Module):
         self.register_buffer("prefixes", prefixes, persistent=False)
 
     def run_block(self, block, x, *others):
-        x, value, weights = self.attend(block, x, *others)
-        return self.transform(block, x, weights), value
+        x, value, weights = self.attention_sublayer(block, x, *others)
+        return self.mlp_sublayer(block, x, weights), value
 
     def forward(self, inputs, starts, phase):
         """(R, T) int32, (R, T) bool -> (R, T, D), normed, ready for the head."""

@@ -189,8 +189,8 @@ def test_later_tokens_change_nothing_before_them(preset):
 def test_recomputing_visits_blocks_twice(recompute):
     """That the numbers stay the same is in test_optimizers."""
     model, visits, batch = small_model(spread=0.4, recompute=recompute), [], random_batch(2, 64)
-    transform = model.transform
-    model.transform = lambda *arguments: visits.append(1) or transform(*arguments)
+    sublayer = model.mlp_sublayer
+    model.mlp_sublayer = lambda *arguments: visits.append(1) or sublayer(*arguments)
     with torch.no_grad():
         loss_of(model, batch)
     assert len(visits) == 4  # without gradients nothing is recomputed

@@ -511,9 +511,10 @@ def test_nothing_compiles_after_the_warm_up(tmp_path, fresh_compiler, monkeypatc
     model, groups, data = small_run(tmp_path, True, **sizes, val_row_tokens=128, repeat=True)
     warm_up(model, groups, data, ALONE)
     counts = Counter(graphs)  # in three lengths of rows and in validation
-    assert counts["attend"] == 6 * 4
-    assert counts["transform"] == 3 * 4  # after attention, without it, weighed by MUDD
-    assert {*graphs} == {"attend", "transform", "forward", "chunk_losses", "chunk_gradient", "muon_update", "adam_update"}
+    assert counts["attention_sublayer"] == 6 * 4
+    assert counts["mlp_sublayer"] == 3 * 4  # after attention, without it, weighed by MUDD
+    assert {*graphs} == {
+        "attention_sublayer", "mlp_sublayer", "forward", "chunk_losses", "chunk_gradient", "muon_update", "adam_update"}
     count, batches = len(graphs), train_gpt2.step_batches(data.train, model.config, ALONE)
     for step, batch in enumerate(batches):  # a recompilation would be an error
         validate(model, data.val, 300, step, ALONE)
