@@ -127,4 +127,4 @@ else
 fi
 say "next: python evals/sample.py $shown --prompt TEXT"
 say "      python data/text.py YOUR-TEXT --out data/mine"
-say "      python evals/export.py $shown"
+say "      pip install safetensors; python evals/export.py $shown"

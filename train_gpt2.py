@@ -446,7 +446,7 @@ def shard_command(path):
     """The command that makes such shards."""
     if os.path.dirname(path).endswith("data/fineweb10B"):
         return "python data/fineweb.py 10"
-    return f"python data/text.py TEXT... --out {shlex.quote(os.path.dirname(path))}"
+    return f"python data/text.py TEXT... --out {shlex.quote(os.path.dirname(path) or '.')}"
 
 
 def damaged(path, problem):
@@ -464,8 +464,8 @@ def open_shard(path):
     vocabulary = vocabulary or GPT2_VOCABULARY  # 0 in FineWeb's shards
     separator = separator or (GPT2_SEPARATOR if vocabulary > GPT2_SEPARATOR else 0)
     if (magic, version) != (SHARD_MAGIC, SHARD_VERSION):
-        raise damaged(path, f"is no token shard: it begins with {magic}, {version}, "
-                            f"expected {SHARD_MAGIC}, {SHARD_VERSION}")
+        raise UserError(f"{path} is no token shard: it begins with {magic}, {version}, expected {SHARD_MAGIC}, "
+                        f"{SHARD_VERSION}; if it is text: python data/text.py {shlex.quote(path)} --out data/mine")
     if count <= 0 or size != HEADER_BYTES + 2 * count:
         raise damaged(path, f"has {size} bytes, expected {HEADER_BYTES + 2 * count} for {count} tokens")
     if not 0 <= separator < vocabulary <= 65_536:
@@ -2056,7 +2056,7 @@ def check_config(config):
          "without the last layer, for --mudd true"),
         ("rotary_share", turning and channels % turning, "of channels that divide a head's"),
         ("softcap", config.softcap[0] and config.softcap[1] <= 0, "of a range above 0"),
-        ("val_files", config.val_files == config.train_files, "other shards than --train-files")]
+        ("val_files", config.val_files == config.train_files, "given too: other shards than --train-files")]
     for name in ("short_layers", "paired_layers", "attention_free", "value_layers", "xsa_layers",
                  "gated_skip", "attention_source"):
         wrong = max(getattr(config, name), default=0) >= config.layers
@@ -2340,7 +2340,7 @@ def read_checkpoint(path, wanted=None):
     options = Config.__dataclass_fields__
     try:
         if not os.path.isfile(path):
-            raise ValueError("it is not a regular file")
+            raise ValueError("there is no such file")
         with zipfile.ZipFile(path) as archive:
             if any(part.compress_type for part in archive.infolist()):
                 raise ValueError("it is compressed, which torch.save never does")
