@@ -564,6 +564,7 @@ def parse_command_line(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # it was closed
     sys.stdout.reconfigure(errors="backslashreplace")  # for paths that its encoding lacks
     page = io.StringIO()
     try:

@@ -566,7 +566,10 @@ def read_options(arguments: list[str]) -> tuple[argparse.Namespace, Config]:
 def predict(config: Config, options: argparse.Namespace) -> None:
     """Print what a GPU needs, which need not be there. Raises UserError."""
     gpus = torch.cuda.device_count() if options.fit and config.device != "cpu" else 0
-    world = gpus or int(os.environ.get("WORLD_SIZE", "1"))
+    words = os.environ.get("WORLD_SIZE", "1")
+    if not words.isdecimal() or words == "0":
+        raise UserError(f"WORLD_SIZE is {words!r}, expected a number of GPUs")
+    world = gpus or int(words)
     config = replace(config, dtype="bfloat16" if config.dtype == "auto" else config.dtype)
     train_gpt2.for_device(config, Processes(0, world, torch.device("cpu")))  # whether so many share a step
     vocabulary = vocabulary_of(config)[0]

@@ -279,3 +279,9 @@ def test_bad_input_is_one_line(arguments, needle):
         timing.main(arguments)
     assert needle in str(error.value) and "\n" not in str(error.value)
     assert "WORLD_SIZE" not in os.environ
+
+
+def test_a_number_of_gpus_that_is_none_is_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "abc")
+    with pytest.raises(train_gpt2.UserError, match="WORLD_SIZE"):
+        timing.main(["--preset", "tiny", "--memory-only", "true"])
