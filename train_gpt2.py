@@ -1001,22 +1001,15 @@ class Block(nn.Module):
         T, H, K). Returns the stream; own values, if `gives_values`; in MUDD's layer, the MLP's weights of
         the stream and of its output, (R, T, 1) each."""
         residual = output = value = of_mlp = None
-        if self.output is not None:  # whose first weight is on the output matrix, in attend()
-            residual = self.residual[0]
         if skip is not None:
-            share = self.skip_mix
-            if self.skip_gate is not None:
-                share = (2 * share.sigmoid() * gate(shared.x0, self.skip_gate)).to(x.dtype)[..., None]
-            x = x + share * skip
-        if self.residual is not None and self.output is None:  # mixed once, before the block
+            x = x + self.skip_share(shared.x0, x.dtype) * skip
+        if self.output is not None:  # its first weight is on the output matrix, in attend()
+            residual = self.residual[0]
+        elif self.residual is not None:  # mixed once, before the block
             x, injected = self.residual * x + injected, None
         normed = rms_norm(x if source is None else source, self.epsilon)
-        added = None if embedding is None else embedding.unflatten(-1, (self.heads, -1))  # (#14)
-        if self.value_gate is not None:  # sees both (#55, #70)
-            half = self.value_gate.shape[-1] // 2
-            seen = torch.cat((normed[..., :half], embedding[..., :half]), dim=-1)
-            added = 2 * gate(seen, self.value_gate)[..., None] * added
-        if self.mudd is not None:  # all these weights depend on the token
+        added = self.added_to_values(normed, embedding)
+        if self.mudd is not None:  # MUDD: all these weights depend on the token
             weights, streams = self.mudd(x), (shared.x0, source, x)
             of_values, of_stream, of_halves = weights[:3], weights[3:6], weights[6:8]
             residual, output, of_x0, of_bigram, *of_mlp = weights[8:]
@@ -1033,6 +1026,23 @@ class Block(nn.Module):
         if injected is not None:
             x = x + injected
         return x, value if self.gives_values else None, of_mlp
+
+    def skip_share(self, x0, dtype):
+        """Of an earlier output that is added to the stream: () or, gated by x0, (R, T, 1) (#45, #55)."""
+        if self.skip_gate is None:
+            return self.skip_mix
+        return (2 * self.skip_mix.sigmoid() * gate(x0, self.skip_gate)).to(dtype)[..., None]
+
+    def added_to_values(self, normed, embedding):
+        """The token's value embedding, by head (R, T, H, K), or None (#14). Gates see both (#55, #70)."""
+        if embedding is None:
+            return None
+        by_head = embedding.unflatten(-1, (self.heads, -1))
+        if self.value_gate is None:
+            return by_head
+        half = self.value_gate.shape[-1] // 2
+        seen = torch.cat((normed[..., :half], embedding[..., :half]), dim=-1)
+        return 2 * gate(seen, self.value_gate)[..., None] * by_head
 
     def mlp_sublayer(self, x, weights):
         """(R, T, D) -> the stream, by MUDD's two weights (R, T, 1) or its own."""
@@ -2335,12 +2345,12 @@ def checkpoints(folder):
 
 
 def read_checkpoint(path, wanted=None):
-    """A file of `save` as a dictionary, with its path and a Config; its tensors stay on the disk.
+    """A file of `save` as a dictionary, with its path and a Config; its tensors are memory-mapped.
     None if it is not of the wanted Config's recipe. Raises UserError for any other file."""
     options = Config.__dataclass_fields__
     try:
         if not os.path.isfile(path):
-            raise ValueError("there is no such file")
+            raise ValueError("there is no such regular file")
         with zipfile.ZipFile(path) as archive:
             if any(part.compress_type for part in archive.infolist()):
                 raise ValueError("it is compressed, which torch.save never does")

@@ -76,7 +76,7 @@ def test_the_float8_head_is_near_the_wide_one(device):
 @on_both
 @pytest.mark.parametrize("width", [768, 192, 40])
 def test_gradients_of_tables_are_added_up_row_by_row(device, width):
-    """Some rows are there once, one a thousand times. The same numbers each time: no two programs write to one place."""
+    """Some rows are there once, one a thousand times. No two programs write to one place: the same each time."""
     draw = torch.Generator().manual_seed(0)
     rows = torch.cat([torch.randint(300, (1, 3000), generator=draw), torch.full((1, 1000), 7)], dim=1)
     rows = rows[:, torch.randperm(4000, generator=draw)]
