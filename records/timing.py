@@ -324,6 +324,12 @@ def settings_that_fit(config: Config, sizes: Sizes, world: int, capacity: int) -
     return None
 
 
+def exchanged(sizes: Sizes, world: int) -> dict[str, float]:
+    """Bytes that a process sends in an average step, by group: its gradients to be reduced, its slice to all."""
+    every = {group.name: group.config.adam_every if isinstance(group, Adam) else 1 for group in sizes.groups}
+    return {g.name: 2 * g.weights.nbytes * (world - 1) / world / every[g.name] for g in sizes.groups}
+
+
 def typed_out(changes: dict) -> str:
     return " ".join(f"{train_gpt2.flag(name)} {train_gpt2.spelled(value)}" for name, value in changes.items())
 
@@ -585,6 +591,10 @@ def predict(config: Config, options: argparse.Namespace) -> None:
     else:
         print(f"{config.preset} with {vocabulary:,} different tokens on {world} GPU(s)")
         print(memory_lines(replace(config, **changes or {}), sizes, world))
+        if world > 1:
+            sent = exchanged(sizes, world)
+            print(f"MB sent by a process in an average step: {sum(sent.values()) / 1e6:,.1f}: "
+                  + ", ".join(f"{name} {size / 1e6:,.1f}" for name, size in sent.items()))
 
 
 def main(arguments: list[str] | None = None) -> dict | None:

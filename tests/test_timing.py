@@ -285,3 +285,14 @@ def test_a_number_of_gpus_that_is_none_is_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "abc")
     with pytest.raises(train_gpt2.UserError, match="WORLD_SIZE"):
         timing.main(["--preset", "tiny", "--memory-only", "true"])
+
+
+def test_bytes_between_processes_are_those_of_reducing_and_gathering(monkeypatch, capsys):
+    sent = timing.exchanged(SIZES, 8)
+    assert list(sent) == [group.name for group in SIZES.groups] and not any(timing.exchanged(SIZES, 1).values())
+    matrices = 11 * 2 * 4 * 768**2 * 2  # of the MLPs, in bfloat16
+    assert sent["mlp.early"] + sent["mlp.late"] == pytest.approx(2 * matrices * 7 / 8)
+    assert sent["head"] == pytest.approx(50304 * 768 * 2 * 7 / 8)  # every second step
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    timing.main(["--memory-only", "true"])
+    assert "mlp.late" in capsys.readouterr().out.splitlines()[-1]
