@@ -440,8 +440,15 @@ def test_a_whole_run_is_the_recipe_word_for_word(preset, changes):
     assert_trains(small_model(preset=preset, spread=0.05, **changes))
 
 
-@pytest.mark.parametrize("name", [name for preset, name in ONE_BY_ONE if preset == "gpt2"])
+OF_UPDATES = ("schedule", "polar-express", "adam-every-other", "normuon", "muon-decay", "rate-levels", "tied-head",
+              "multi-token", "split-precision", "paired-orthogonalising", "prefix-loss")
+
+
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=[pytest.mark.slow] * (name not in OF_UPDATES))
+    for preset, name in ONE_BY_ONE if preset == "gpt2"])
 def test_a_run_without_a_technique(name):
+    """Those of the model alone are in test_techniques, with their gradients; here in the slow tests."""
     assert_trains(small_model(preset="gpt2", spread=0.05, **SHORT | TECHNIQUES[name].neutral))
 
 

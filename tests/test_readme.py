@@ -17,14 +17,13 @@ SHORT = "--steps 2 --val-every 0 --val-tokens 2048 --width 32"  # added to train
 MINE = "--train-files 'data/mine/text_train_*.bin' --val-files 'data/mine/text_val_*.bin'"
 COMMANDS = {  # what is added to make them short, in the order in which they run
     "python data/text.py": "", "./run.sh": SHORT, "./run.sh check": "", "./run.sh doctor": "",
-    "python train_gpt2.py --help": "", "python data/text.py book.txt --out data/mine": "",
+    "python data/text.py book.txt --out data/mine": "",
     f"python train_gpt2.py --preset tiny {MINE}": f"{SHORT} --repeat true",
     'python evals/sample.py logs/RUN --prompt "ROMEO:"': "--tokens 20",
-    'python evals/sample.py logs/RUN/model.pt --prompt "def "': "--tokens 20",
     "python evals/export.py logs/RUN/model.pt": "",
     "python records/timing.py --memory-only true --gpu-memory 24": "",
     "python records/timing.py --preset tiny": "--timed-steps 2 --width 32", "python records/parts.py": "",
-    "python records/pictures.py": "", "python records/ladder.py --help": "", "python records/size.py": "",
+    "python records/pictures.py": "", "python records/size.py": "",
     "python records/kernels.py --preset tiny": "--width 32",
     "python records/report.py plot records/runs.png records/2026-11-24_hundred-second_tiny_2-core_cpu "
     "records/2026-11-24_tiny_shakespeare_2-core_cpu": ""}
@@ -37,7 +36,7 @@ NOT_RUN = {  # the reason, and which
                r"|python data/text.py input.txt.*",
     "needs the history of the repository": r"python records/(bench|size).py.*",
     "a placeholder, or another form of one that runs": r"python records/\w+.py.*|WORLD_SIZE=8 .*|python evals/.*"
-                                                       r"|python train_gpt2.py --resume.*"}
+                                                       r"|python train_gpt2.py --(resume.*|help)"}
 
 
 def documented_commands() -> set[str]:
@@ -81,18 +80,36 @@ def test_every_documented_command_is_run_here_or_has_a_reason():
     assert not unknown
 
 
-EXPECTED = {"check": "ok: this machine", "train_gpt2.py --help": "--tokens-per-step",
-            "sample.py logs/RUN/model.pt": "def ", 'logs/RUN --prompt "ROMEO:': "ROMEO:",
+EXPECTED = {"check": "ok: this machine", 'logs/RUN --prompt "ROMEO:': "ROMEO:",
             "train_gpt2.py --preset": "final val_loss", "text.py": "train on them with",
             "gpu-memory": "GiB", "doctor": "ready", "export.py": "model.safetensors", "parts.py": "million tokens/s"}
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+def assert_run_sh_trains_and_goes_on(copy):
+    """From another folder, from which relative files are meant; a resumed run with the options of its own."""
+    output = run(f"{copy}/run.sh {SHORT} --save-every 1 --seed 3 --out mine/runs", copy, cwd=copy.parent)
+    assert "final val_loss" in output and "a sample of what it learned" in output and "def " in output
+    checkpoint, = (copy.parent / "mine" / "runs").glob("*/checkpoint_0000001.pt")
+    (checkpoint.parent / "model.pt").unlink()
+    shutil.copytree(copy / "data" / "text", copy.parent / "mine" / "text")
+    files = "--train-files 'mine/text/text_train_*.bin' --val-files='mine/text/text_val_*.bin'"
+    output = run(f"{copy}/run.sh --resume {checkpoint.parent.relative_to(copy.parent)} {files}", copy, cwd=copy.parent)
+    assert "resumed after step 1 from" in output and "a sample of what it learned" in output
+    assert (checkpoint.parent / "model.pt").exists()
+    shutil.copytree(checkpoint.parent, copy / "logs" / checkpoint.parent.name)  # for the commands that follow
+
+
+SLOW = (  # what they do at length has tests of its own
+    "./run.sh check", "python records/timing.py --preset tiny", "python records/kernels.py --preset tiny",
+    "python records/timing.py --memory-only true --gpu-memory 24")
+
+
+@pytest.mark.parametrize("command", [pytest.param(command, marks=[pytest.mark.slow] * (command in SLOW))
+                                     for command in COMMANDS])
 def test_command(command, copy):
     assert command in documented_commands() or command == "python data/text.py"  # which makes the text of the others
     if command == "./run.sh":
-        output = run(f"{copy}/run.sh {SHORT}", copy, cwd=copy.parent)  # from any folder
-        assert "final val_loss" in output and "a sample of what it learned" in output and "def " in output
+        assert_run_sh_trains_and_goes_on(copy)
         return
     runs = sorted((copy / "logs").glob("*/model.pt"))
     output = run(f"{command} {COMMANDS[command]}".replace("logs/RUN", str(runs[-1].parent) if runs else ""), copy)
@@ -109,31 +126,7 @@ def test_run_sh_says_what_it_does_and_passes_arguments_on(copy):
 
 
 @pytest.mark.parametrize("arguments, status, expected", [
-    ("--help", 0, "--tokens-per-step"), ("tests", 2, "expected test"),
-    (f"--preset tiny {SHORT}", 0, "a sample of what it learned")])
+    ("--help", 0, "--tokens-per-step"), ("tests", 2, "expected test")])
 def test_other_ways_to_call_run_sh(copy, arguments, status, expected):
     done = call(f"{copy}/run.sh {arguments}", copy)
     assert done.returncode == status and expected in done.stdout + done.stderr
-
-
-def test_run_sh_goes_on_with_a_run(copy, tmp_path):
-    """From another folder, with the options of the run itself."""
-    short = f"{SHORT} --out {tmp_path}/logs --save-every 1"
-    done = call(f"{copy}/run.sh {short} --preset tiny --seed 3", tmp_path)
-    assert done.returncode == 0, done.stderr
-    checkpoint, = (tmp_path / "logs").glob("*/checkpoint_0000001.pt")
-    (checkpoint.parent / "model.pt").unlink()
-    run = checkpoint.parent.relative_to(tmp_path)
-    going_on = call(f"{copy}/run.sh --resume {run}", tmp_path)
-    assert going_on.returncode == 0, going_on.stderr
-    assert "resumed after step 1 from" in going_on.stdout and "a sample of what it learned" in going_on.stdout
-    assert (checkpoint.parent / "model.pt").exists()
-
-
-@pytest.mark.parametrize("spelling", ["--train-files {} --val-files={} --out {}"])
-def test_relative_files_are_meant_from_where_the_user_stands(copy, tmp_path, spelling):
-    shutil.copytree(copy / "data" / "text", tmp_path / "mine")
-    files = spelling.format("'mine/text_train_*.bin'", "'mine/text_val_*.bin'", "runs")
-    done = call(f"{copy}/run.sh {SHORT} {files}", tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert len(list((tmp_path / "runs").glob("*/model.pt"))) == 1

@@ -97,6 +97,19 @@ def train(*arguments: str) -> None:
     train_gpt2.main(list(arguments))
 
 
+def printing(stdout: str, *arguments: str) -> None:
+    """Train, with a stdout that takes nothing or ASCII only."""
+    if stdout == "closed":
+        sys.stdout = None  # as Python has it after >&-
+    elif stdout == "left":
+        reader, writer = os.pipe()
+        os.close(reader)
+        sys.stdout = open(writer, "w")
+    else:
+        sys.stdout.reconfigure(encoding="ascii", errors="strict")
+    train_gpt2.main(list(arguments))
+
+
 def train_many(jobs: str) -> None:
     """A file of command lines, or of one for each process: train each. What ends a run is printed."""
     processes, several = None, json.loads(Path(jobs).read_text())
