@@ -12,6 +12,14 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 
 say() { printf '\033[1m==> %s\033[0m\n' "$*"; }
 
+if [[ "${1:-}" == -h || "${1:-}" == --help ]]; then
+    sed -n '2,/^set/s/^# \{0,1\}//p' run.sh
+    [[ -n "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" || ! -d .venv ]] || source .venv/bin/activate
+    python -c 'import torch' 2>/dev/null && exec python train_gpt2.py --help
+    echo "All settings, once ./run.sh has installed what they need: python train_gpt2.py --help"
+    exit
+fi
+
 # An environment that is active is used as it is given; without one, .venv is made beside this file.
 if [[ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]]; then
     if [[ ! -x .venv/bin/python ]]; then
@@ -56,11 +64,9 @@ test)
     cat "$output"/* && rm -r "$output"
     exit $status ;;
 check)
+    shift
     say "comparing 20 small steps with the stored losses"
-    exec python records/check.py ;;
--h | --help)
-    sed -n '2,/^set/s/^# \{0,1\}//p' run.sh
-    exec python train_gpt2.py --help ;;
+    exec python records/check.py "$@" ;;
 doctor | "" | --*) ;;
 *)
     echo "run.sh: unknown command $1; expected test, check, doctor, or options of train_gpt2.py (./run.sh --help)" >&2
@@ -105,6 +111,7 @@ if [[ "$preset" != tiny && "$gpus" != 0 ]]; then
     fi
     fit=$(python records/timing.py --fit "$@")  # settings that make it fit into these GPUs
     say "training on $gpus GPU(s)${fit:+ with $fit}"
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}  # what torchrun chooses, with a warning
     exec python -m torch.distributed.run --standalone --nproc_per_node="$gpus" train_gpt2.py "$@" $fit
 fi
 model=$([[ "$preset" != tiny ]] || echo " the tiny model")
@@ -115,10 +122,11 @@ if [[ -z "$files$resume" && "$preset" == tiny ]] && ! compgen -G 'data/text/text
 fi
 log=$(mktemp)
 trap 'rm -f "$log"' EXIT
-python train_gpt2.py "$@" | tee -i "$log"  # which goes on after Ctrl-C, as the script does
+# tee goes on after Ctrl-C, as the script does; names of folders are read from what it prints.
+PYTHONIOENCODING=utf-8 python train_gpt2.py "$@" | tee -i "$log"
 run=$(sed -n 's/.*all of it in \(.*\)/\1/p; s/.*is finished: \(.*\)\/model.pt.*/\1/p' "$log" | tail -1)
 prompt="def "  # the start of Python, which is what it learned unless other text was given
-[[ -z "$files$resume" ]] || prompt=""
+[[ -z "$files$resume" ]] && grep -qs "Python's own sources" data/text/text_inputs.json || prompt=""
 say "a sample of what it learned"
 python evals/sample.py "$run" --prompt "$prompt" --tokens 300
 printf -v shown %q "$run"

@@ -121,7 +121,7 @@ class Recipe:
     attention_source: Ints = setting((7,), "layer whose output all later ones attend from")
     xsa_layers: Ints = setting((1, 3, 4, 7, 8, 10), "layers whose heads leave out their own value")
     qk_norm: bool = setting(True, "normalise queries and keys")
-    attention_scale: float = setting(0.1, "first softmax scale; 0: 1 / sqrt(K)", 0, 1000)
+    attention_scale: float = setting(0.1, "first softmax scale; 0: 1 / sqrt(K)")
     rotary_base: float = setting(1024 ** (32 / 31), "slowest rotary wavelength / 2 pi", 1)
     rotary_share: float = setting(0.5, "share of the channels that rotary turns", 0, 1)
     yarn: int = setting(3, "window changes that rotary and the softmax scale follow")
@@ -131,24 +131,24 @@ class Recipe:
     value_layers: Ints = setting((1, 2, 8, 9, 10), "layers that add a token embedding to values")
     value_gates: bool = setting(True, "each head weighs its value embedding")
     value_residual: bool = setting(False, "each layer mixes layer 0's values into its own")
-    bigram: int = setting(15, "rows of the bigram table / vocabulary; 0: none", 0, 1000)
+    bigram: int = setting(15, "rows of the bigram table / vocabulary; 0: none")
     bigram_width: int = setting(192, "channels of the bigram table", 1)
     bigram_signs: int = setting(8192, "rows of fixed signs on bigrams; 0: none")
     smear: bool = setting(True, "each embedding takes up some of the one before")
     mixing: str = setting("sublayers", "where weights mix stream and embedding",
                           choices=("sublayers", "blocks", "none"))
-    residual_init: float = setting(1.1**0.5, "first weight of the stream in that mixture", 0, 1000)
+    residual_init: float = setting(1.1**0.5, "first weight of the stream in that mixture")
     mudd: bool = setting(True, "the last layer and the head mix streams token by token")
     gated_skip: Ints = setting((3, 6), "FROM,TO: that output is added, gated, before that layer")
     unet_skips: bool = setting(False, "the first half's outputs go to the second half, mirrored")
     rms_epsilon: float = setting(2.0**-23, "added to the mean square before its root")
     softcap: Floats = setting((11.5, 15.0, 5.0), "h,r,s: h tanh((z + s) / r); h = 0: off", -1e6, 1e6)
     predicted_tokens: int = setting(3, "tokens predicted ahead in stage 0, then one less each", 1, 64)
-    prefix_weight: float = setting(0.25, "of the loss of the next token's prefix; falls in stage 1", 0, 1000)
+    prefix_weight: float = setting(0.25, "of the loss of the next token's prefix; falls in stage 1")
     tied_until: float = setting(2 / 3, "share of the schedule with embedding and head tied", 0, 0.99)
-    attention_init: float = setting(0.5, "spread of query, key and value, / sqrt(D)", 0, 1000)
-    output_init: float = setting(0.5, "spread of attention's output, / sqrt(D)", 0, 1000)
-    mlp_init: float = setting(0.5, "spread of the MLP's up matrix, / sqrt(D)", 0, 1000)
+    attention_init: float = setting(0.5, "spread of query, key and value, / sqrt(D)")
+    output_init: float = setting(0.5, "spread of attention's output, / sqrt(D)")
+    mlp_init: float = setting(0.5, "spread of the MLP's up matrix, / sqrt(D)")
     # optimizers
     muon_lr: float = setting(0.023, "Muon's rate, for the matrices of the blocks")
     muon_momentum: float = setting(0.95, "momentum in the middle of the run", 0, 0.9999)
@@ -506,10 +506,11 @@ class TokenStream:
         self.tokens = int(self.first[-1])
 
     def fingerprints(self):
-        """Of each shard, to know it again: its header, and a checksum of 64 pieces of 1,024 tokens."""
+        """Of each shard, to know it again: its header, and a checksum of 64 pieces of 16,384 tokens:
+        all of it, up to a million."""
         found = {}
         for number, shard in enumerate(self.shards):
-            size, checksum = min(1024, shard.tokens), 0
+            size, checksum = min(16_384, shard.tokens), 0
             for start in np.linspace(0, shard.tokens - size, 64).astype(int).tolist():
                 checksum = zlib.crc32(read_tokens(shard, start, size), checksum)
             found[f"{number}: {Path(shard.path).name}"] = [*shard[1:], checksum]
@@ -1871,7 +1872,7 @@ def train(config, processes):
     if saved and "state" not in saved:  # so that a job that is repeated until it is done ends
         if processes.rank > 0:
             return None
-        print(f"this run is finished: {saved['path']}; --resume none starts anew")
+        say(f"this run is finished: {saved['path']}; --resume none starts anew")
         return Path(saved["path"]).parent
     with RunLog(config, processes, saved) as log:
         log.line("\n".join([environment(processes), json.dumps(asdict(config)),
@@ -1882,10 +1883,13 @@ def train(config, processes):
             log.line(f"{group.name:14} {sum(p.numel() for p in group.parameters):13,} parameters, "
                      f"{type(group).__name__}, {group.weights.dtype}")
         log.line(f"{'all':14} {sum(p.numel() for p in model.parameters()):13,} parameters")
-        check_disk(config, groups, processes)
         log.line(f"{config.preset}: {config.steps} steps of {spelled(config.tokens_per_step)} tokens in "
                  f"rows of {spelled(config.row_tokens)}; {processes.world} process(es) on {device.type}, "
                  f"{config.dtype}" + ", head in float8" * float8)
+        size, tokens = check_disk(config, groups, processes), tokens_until(config.steps, config)
+        matrices = model.head.numel() + sum(p.numel() for p in model.blocks.parameters())
+        log.line(f"about {6 * matrices * tokens:.1e} FLOP, of which a CPU core does 2e+10 a second, and "
+                 f"{size / 2**30:.1f} GiB of weights, gradients and optimizer state, besides activations")
         if data.val_tokens < config.val_tokens:
             log.line(f"notice: {data.val.pattern} has {data.val_tokens:,} targets only; all are used")
         if saved:
@@ -1901,10 +1905,11 @@ def train(config, processes):
             if log.folder:
                 save_somewhere(log, contents(model, data, progress))
         processes.barrier()
-        pace = tokens_until(config.steps, config) / progress.seconds
         log.line(f"final val_loss {progress.val_loss:.4f} nats per token, training time "
-                 f"{progress.seconds:.2f} s, {pace:,.0f} tokens/s, peak memory "
+                 f"{progress.seconds:.2f} s, {tokens / progress.seconds:,.0f} tokens/s, peak memory "
                  f"{peak_memory(processes):,.0f} MiB; all of it in {log.folder}")
+        if log.folder:
+            say(f"a sample of it: python evals/sample.py {shlex.quote(str(log.folder))}")
     return log.folder
 
 
@@ -1941,7 +1946,11 @@ ELSEWHERE = {  # what other trainers call a setting
     "n_embd": "width",
     "eval_interval": "val_every",
     "out_dir": "out",
-    "dataset": "train_files"}
+    "dataset": "train_files",
+    "max_steps": "steps",
+    "context_length": "row_tokens",
+    "d_model": "width",
+    "weight_decay": "muon_decay"}
 HELP = "; python train_gpt2.py --help lists all settings"
 
 
@@ -2066,7 +2075,8 @@ def check_config(config):
          "without the last layer, for --mudd true"),
         ("rotary_share", turning and channels % turning, "of channels that divide a head's"),
         ("softcap", config.softcap[0] and config.softcap[1] <= 0, "of a range above 0"),
-        ("val_files", config.val_files == config.train_files, "given too: other shards than --train-files")]
+        ("val_files", config.val_files == config.train_files, "given too: other shards than --train-files"),
+        ("out", config.out != config.out.encode(errors="ignore").decode(), "a name in UTF-8")]
     for name in ("short_layers", "paired_layers", "attention_free", "value_layers", "xsa_layers",
                  "gated_skip", "attention_source"):
         wrong = max(getattr(config, name), default=0) >= config.layers
@@ -2182,6 +2192,15 @@ def for_device(config, processes):
 # only appended: a resumed run goes on in its folder, and the last record of a step counts.
 
 
+def say(text):
+    """To the screen. If nobody reads any more, the run goes on."""
+    try:
+        tqdm.write(text)
+        sys.stdout.flush()
+    except OSError:
+        sys.stdout = open(os.devnull, "w")
+
+
 class RunLog(contextlib.AbstractContextManager):
     """What a run leaves behind. On processes other than 0 it does nothing. Used as a context: what
     ends the run is the last line of its log."""
@@ -2222,7 +2241,7 @@ class RunLog(contextlib.AbstractContextManager):
     def way_on(self):
         """The end of a line that says why a run ended."""
         if self.folder and self.checkpoint:
-            return f"; go on with --resume {shlex.quote(str(self.checkpoint))}"
+            return f"; go on with --resume={shlex.quote(str(self.checkpoint))}"
         return ""
 
     def line(self, text, show=True):
@@ -2232,11 +2251,7 @@ class RunLog(contextlib.AbstractContextManager):
         with contextlib.suppress(OSError):  # a full disk must not end the run
             self.text.write(text + "\n")
         if show:
-            try:
-                tqdm.write(text)
-                sys.stdout.flush()
-            except OSError:  # nobody reads any more: the run goes on
-                sys.stdout = open(os.devnull, "w")
+            say(text)
 
     def record(self, step, seconds, **losses):
         """An object in metrics.jsonl, and a line as speedrun logs have it, after `step` updates."""
@@ -2295,13 +2310,14 @@ def save(path, saved):
 
 
 def check_disk(config, groups, processes):
-    """Raises UserError where --out has no room for the checkpoints and the model."""
+    """Raises UserError where --out has no room for the checkpoints and the model. Returns the size of one."""
     size = 12 * sum(group.weights.numel() for group in groups.values())  # bytes, about
     needed = size * (config.keep + 1 if config.save_every else 1)
     if processes.rank == 0 and shutil.disk_usage(config.out).free < needed:
         raise UserError(
             f"{config.out} has no room for {needed / 2**30:.1f} GiB of checkpoints; "
             "make room, or give another --out")
+    return size
 
 
 def save_somewhere(log, saved):
@@ -2394,13 +2410,14 @@ def newest(place, recipe=None):
     """What `read_checkpoint` gives for a file, or for the newest whole file of a run folder, where a
     model is newer than checkpoints. With a Config: for the newest of its recipe in a folder of runs,
     or None. Raises UserError where there are files, and none can be read."""
-    paths = place.glob("*/*.pt") if recipe else [*place.glob("*.pt")] or [place]
+    names = re.compile(r"(model|checkpoint_\d+)\.pt")
+    paths = [path for path in place.glob("*/*" if recipe else "*") if names.fullmatch(path.name)]
     errors = []
-    for path in sorted(paths, reverse=True):
+    for path in sorted(paths, reverse=True) or ([] if recipe else [place]):
         try:
             if saved := read_checkpoint(path, recipe):
                 for error in errors:
-                    print(f"passed over: {error}")
+                    say(f"passed over: {error}")
                 return saved
         except UserError as error:
             errors.append(error)
@@ -2415,6 +2432,8 @@ def checkpoint_to_resume(config, data, processes):
     if path == "auto":
         found = newest(Path(config.out), config) if processes.rank == 0 else None
         path = processes.all_gather(found["path"] if found else "none")[0]
+        if path == "none" and processes.rank == 0:
+            say(f"no checkpoint of this recipe in {config.out}: starting at step 0")
     if path == "none":
         return None
     saved = read_checkpoint(path)
@@ -2422,8 +2441,9 @@ def checkpoint_to_resume(config, data, processes):
     for name in theirs | ours:
         if theirs.get(name) != ours.get(name):
             raise UserError(
-                f"{path} was trained with {name} {theirs.get(name)}, not {ours.get(name)}; it goes "
-                "on with its own recipe and shards: give those, or --resume none")
+                f"{path} was trained with {name:.80} {theirs.get(name)!s:.80}, not "
+                f"{ours.get(name)!s:.80}; it goes on with its own recipe and shards: give those, "
+                "or --resume none")
     return saved
 
 
@@ -2475,16 +2495,19 @@ class Clock:
 def caught_signals():
     """A list that receives the number of the first signal to end, for the loop to act on. A second
     one ends the process at once; but torchrun sends the first one again, and ends us by itself."""
-    received = []
+    received, alone = [], "TORCHELASTIC_RUN_ID" not in os.environ
 
     def note(number, _frame):
-        if not received:
-            received.append(number)
-        elif "TORCHELASTIC_RUN_ID" not in os.environ:
+        if received and alone:
             os._exit(128 + number)
+        if alone:
+            with contextlib.suppress(OSError):  # print() must not be called within print()
+                os.write(sys.stderr.fileno(), b"\nstopping after this step; a second signal ends at once\n")
+        received[:] = received or [number]
 
-    # The last one is Slurm's warning. What nohup ignores stays ignored.
-    numbers = signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1
+    # The last three are how clusters warn. What nohup ignores stays ignored.
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP,
+               signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
     before = {number: signal.signal(number, note) for number in numbers
               if signal.getsignal(number) is not signal.SIG_IGN}
     try:
@@ -2550,8 +2573,8 @@ def one_line(error):
         (OSError, "", f"cannot read or write: {text:.300}; make room, mend permissions, or give "
                       "another --out"),
         (RuntimeError, "CUDA.*out of memory",
-         "the GPU has too little memory; the same training needs less with --micro-tokens 16384, "
-         "less again with --recompute true --loss-chunk 2048"),
+         "the GPU has too little memory; the same training needs less with --recompute true, less "
+         "again with --loss-chunk 2048 --micro-tokens 16384"),
         ((MemoryError, RuntimeError), "^$|allocate|Storage size",
          f"the machine has too little memory: {text:.160}; take a smaller --width or --layers"),
         (RuntimeError, "gloo|monitoredBarrier|NCCL|pair closure",

@@ -48,7 +48,7 @@ SHARD_MAGIC, SHARD_VERSION, HEADER_WORDS = 20240520, 1, 256
 LARGEST_COUNT = 2**31 - 1  # the header holds the number of tokens as int32
 LARGEST_VOCABULARY = 2**16
 TOO_LARGE = ("cl100k", "o200k")  # how the names begin of tiktoken's encodings with more tokens
-TINY_ROW = 128  # tokens in a row of --preset tiny
+TINY_ROW, TINY_TOKENS = 128, 655_360  # of --preset tiny: in a row, in its whole run
 MANY_TOKENS = 2**14  # with more, the table of token pairs in tiny is too slow for a CPU
 NOT_STANDARD_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idlelib"}
 
@@ -68,7 +68,7 @@ class Parser(argparse.ArgumentParser):
 def main(arguments: list[str] | None = None) -> None:
     """Command line. Raises UserError for bad input; the shards of an earlier run are then untouched."""
     options = parse(arguments)
-    folder = (options.out or DEFAULT_FOLDER).expanduser()
+    folder = options.out or DEFAULT_FOLDER
     inputs = sorted(map(os.path.realpath, options.paths)) or ["Python's own sources"]
     if options.paths and not options.out:
         check_replaceable(folder, inputs)
@@ -110,7 +110,8 @@ def main(arguments: list[str] | None = None) -> None:
     say("train on them with:")
     say(shlex.join(["python", shown(HERE.parent / "train_gpt2.py"), "--preset", "tiny",
                     "--train-files", glob.escape(where) + "/text_train_*.bin",
-                    "--val-files", glob.escape(where) + "/text_val_*.bin", "--repeat", "true"]
+                    "--val-files", glob.escape(where) + "/text_val_*.bin"]
+                   + ["--repeat", "true"] * (counts["text_train"] <= TINY_TOKENS)
                    + ["--bigram", "0"] * (encoding.vocabulary > MANY_TOKENS)))
 
 
@@ -119,7 +120,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("paths", nargs="*", type=Path, metavar="PATH",
         help="text files, folders, .jsonl or .parquet (default: the Python standard library)")
-    add("--out", type=Path, metavar="DIR",
+    add("--out", type=lambda text: Path(os.path.expanduser(text)), metavar="DIR",
         help="folder of the shards (default text beside this script, where ./run.sh looks)")
     add("--encoding", default="bytes", metavar="NAME|FILE",
         help="bytes; a name that tiktoken knows and fetches, as gpt2; or a file X.tiktoken: on each line a token in "

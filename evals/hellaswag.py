@@ -70,6 +70,8 @@ def fetched(folder: Path) -> Path:
 def read_items(path: Path) -> list[Item]:
     """Parquet, by its first bytes, or JSON lines. Raises UserError for all that is no item."""
     try:
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path} is not a regular file; give the set with --file")
         content = path.read_bytes()
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; give the set with --file") from None

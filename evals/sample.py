@@ -219,8 +219,12 @@ def command(main: Callable[[], None]) -> None:
         sys.stdout.reconfigure(errors="replace")
     try:
         main()
+        print(end="", flush=True)
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+    except OSError as error:
+        sys.stdout = None  # what is left in it cannot be written either
+        raise SystemExit(f"cannot read or write: {error}") from None
 
 
 if __name__ == "__main__":

@@ -9,6 +9,10 @@ differ from machine to machine is the order of additions; the band is wide enoug
 changed formula.
 """
 
+import argparse
+import contextlib
+import glob
+import io
 import json
 import random
 import sys
@@ -23,6 +27,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parent / "data")]
 from text import BYTES, write_shard  # noqa: E402
 
+import train_gpt2  # noqa: E402
 from train_gpt2 import Config, Processes, preset_values, train  # noqa: E402
 
 STORED, BAND = HERE / "check.json", 0.005  # nats; another order of additions moves a loss by about 0.0001
@@ -72,15 +77,20 @@ def measure(config: Config) -> list[float]:
     """The training losses of the 20 steps on the fixed text, then the validation losses of steps 0, 10 and 20."""
     with tempfile.TemporaryDirectory() as folder:
         write_text(Path(folder))
-        here = replace(config, train_files=f"{folder}/train.bin", val_files=f"{folder}/val.bin", out=folder)
+        names = glob.escape(folder)
+        here = replace(config, train_files=f"{names}/train.bin", val_files=f"{names}/val.bin", out=folder)
         run = train(here, Processes(0, 1, torch.device("cpu")))
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [line[kind] for kind in ("train_loss", "val_loss") for line in lines if kind in line]
 
 
 def main() -> None:
-    losses = {name: measure(config) for name, config in FIXED.items()}
-    if sys.argv[1:] == ["--store"]:
+    parser = train_gpt2.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--store", action="store_true", help="write the losses of this machine instead")
+    store = parser.parse_args().store
+    with contextlib.redirect_stdout(io.StringIO()):  # what the runs say
+        losses = {name: measure(config) for name, config in FIXED.items()}
+    if store:
         rounded = {name: [round(loss, 6) for loss in values] for name, values in losses.items()}
         STORED.write_text(json.dumps({"torch": torch.__version__, "losses": rounded}) + "\n")
         print(f"stored the losses of {', '.join(losses)} in {STORED.name}")

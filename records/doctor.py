@@ -87,7 +87,9 @@ def memory(config, gpus):
 
 def data(config, gpus):
     if config.train_files in MADE and not glob.glob(config.train_files):
-        return f"none yet: {MADE[config.train_files]}"
+        fetched = gpus or config.preset == "tiny"  # by run.sh
+        return needs_mending(not fetched, f"none yet: {MADE[config.train_files]}" if fetched else
+                             "none: python data/fineweb.py 10")
     found = train_gpt2.open_data(config)
     return f"{found.train.tokens:,} training tokens, {found.val.tokens:,} for validation, enough for the run"
 
@@ -191,4 +193,5 @@ def main(arguments=None):
 
 if __name__ == "__main__":
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it without a word
+    sys.stdout.reconfigure(errors="backslashreplace")
     sys.exit(main())

@@ -100,7 +100,7 @@ def read_log(path: Path, batch: int = 0) -> Run | None:
         return None
     steps, (planned, seconds, average) = max(kept["step"].items())
     planned = planned or steps  # llm.c does not state it
-    twin = path.name == "log.txt" and metrics.exists()
+    twin = path.name == "log.txt" and metrics.is_file()
     exact = parse(metrics.read_text(encoding="utf-8-sig", errors="replace"), metrics)[0] if twin else kept
     losses = {"train": [], "val": []}
     for kind, points in losses.items():
@@ -305,7 +305,7 @@ def compare(options: argparse.Namespace) -> int:
     if not all(run.points for run in both) or len({bool(run.val) for run in both}) > 1:
         raise UserError("expected losses in all runs, and a val_loss in all or in none")
     for name, word, runs in zip("AB", (options.a, options.b), sets, strict=True):
-        runs.sort(key=lambda run: (run.seed is None, run.seed))
+        runs.sort(key=lambda run: (type(run.seed).__name__, run.seed is not None and run.seed))
         print(f"{name}: {word}, {len(runs)} of {runs[0].planned} steps")
     seeds = [[run.seed for run in runs] for runs in sets]
     paired = seeds[0] == seeds[1] and None not in seeds[0] and len(set(seeds[0])) == len(seeds[0])
@@ -579,6 +579,10 @@ def main(arguments: list[str] | None = None) -> int:
         print(page.getvalue(), end="", flush=True)
     except BrokenPipeError:  # the reader, say `head`, has left; the verdict stands
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:  # as on a full disk
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        print(f"cannot write the answer: {error.strerror}", file=sys.stderr)
+        return 2
     return status
 
 

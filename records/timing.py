@@ -80,7 +80,7 @@ def open_rows(config: Config, folder: str) -> tuple[TokenStream, np.ndarray | No
         tokens = made_up_tokens(4 * max(config.tokens_per_step) + 1, separator)
         write_shard(shard, iter([tokens]), Encoding(vocabulary, separator, None))
         np.arange(-1, vocabulary - 1, dtype="<i4").tofile(shard.with_name(train_gpt2.PREFIXES))
-        stream, rows = TokenStream(str(shard)), f"made-up rows, as no file matches {config.train_files}"
+        stream, rows = TokenStream(glob.escape(str(shard))), f"made-up rows, as no file matches {config.train_files}"
     return stream, train_gpt2.read_prefixes(stream) if config.prefix_weight else None, rows
 
 
@@ -620,4 +620,5 @@ def main(arguments: list[str] | None = None) -> dict | None:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it without a word
+    sys.stdout.reconfigure(errors="backslashreplace")
     main()

@@ -10,7 +10,9 @@ import pytest
 
 # Before torch is imported: the models are small, more threads only slow them down.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.pop("HF_HUB_OFFLINE", None)  # tests that download do so from a server of their own
+for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID",  # of a cluster
+             "HF_HUB_OFFLINE", "HF_ENDPOINT", "PYTHONIOENCODING"):
+    os.environ.pop(name, None)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # shells start background jobs that ignore it
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 

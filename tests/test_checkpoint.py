@@ -133,7 +133,7 @@ def test_twenty_kills_of_two_processes(corpus, tmp_path):
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGXCPU"])
 def test_signals_save_and_say_how_to_go_on(corpus, tmp_path, finished, name):
     settings = {**STAGES, "save_every": 0, "out": tmp_path / "logs"}
     ended, = together(tmp_path / "first", 1, spoiled, f"0:5:{name}", *command(corpus, base=settings))
@@ -211,6 +211,7 @@ def test_torchrun_passes_a_signal_on(corpus, tmp_path):
 def test_auto_says_what_it_found(corpus, copy, finished, capsys):
     auto = command(corpus, base=STAGES, out=copy.parent, resume="auto")
     newest, older = checkpoints(copy)[::-1][:2]
+    shutil.copy(checkpoints(copy)[0], copy / "old.pt")  # not one of ours
     newest.write_bytes(newest.read_bytes()[:-1000])  # cut
     other = run_here(corpus, base={**STAGES, "seed": 1}, out=copy.parent)  # a newer run of another recipe
     assert losses(other) != losses(finished)
@@ -218,8 +219,13 @@ def test_auto_says_what_it_found(corpus, copy, finished, capsys):
     said = capsys.readouterr().out
     assert f"resumed after step {int(older.stem[-7:])}" in said and "passed over" in said and newest.name in said
     assert_equal_runs(copy, finished)
+    with pytest.MonkeyPatch.context() as patched:  # a job that is repeated until it succeeds ends, though nobody reads
+        patched.setattr(sys, "stdout", open("/dev/full", "w"))
+        main(auto)
     main(auto)
     assert "finished" in capsys.readouterr().out
+    main(command(corpus, base={**STAGES, "seed": 3, "steps": 4}, out=copy.parent, resume="auto"))
+    assert "starting at step 0" in capsys.readouterr().out
     model = copy / "model.pt"
     content = bytearray(model.read_bytes())
     content[len(content) // 2] ^= 1  # a flipped bit

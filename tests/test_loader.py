@@ -118,14 +118,14 @@ def test_a_read_anywhere_equals_the_concatenation(tmp_path, seed):
 
 
 def test_fingerprints_notice_a_change(tmp_path):
-    """Of any token in a small shard, of any stretch of a 64th in a large one; and of header and name."""
-    tokens, draw = random_documents(300_000), np.random.default_rng(0)
-    pattern = write_shards(tmp_path, [tokens, tokens[:5000]])
+    """Of any token in a shard of up to a million, of any stretch of a 64th in a larger one; and of header and name."""
+    tokens, draw = np.tile(random_documents(100_000), 20), np.random.default_rng(0)
+    pattern = write_shards(tmp_path, [tokens, tokens[:1_000_000]])
     first = TokenStream(pattern).fingerprints()
     assert first == TokenStream(pattern).fingerprints() and len(first) == 2
-    for shard, size, stretch in ((0, 300_000, 300_000 // 60), (1, 5000, 1)):
+    for shard, size, stretch in ((0, 2_000_000, 2_000_000 // 60), (1, 1_000_000, 1)):
         name = [*first][shard]
-        for begin in (0, size - stretch, *draw.integers(0, size - stretch, 20)):
+        for begin in (0, size - stretch, *draw.integers(0, size - stretch, 8)):
             changed = tokens[:size].copy()
             changed[begin:begin + stretch] = (changed[begin:begin + stretch] + 1) % SEPARATOR
             write_shard(tmp_path / f"text_train_{shard:03}.bin", changed, 257, SEPARATOR)
