@@ -14,20 +14,22 @@ Part II is the machinery: command line, processes, log, checkpoints, clock and s
 Importing this file does nothing. What is learned lives in the model's parameters and the optimizers'
 buffers; a frozen Config says how, a Progress how far. (#49) is record 49 of the speedrun, which
 brought a technique.
-Shapes: R rows, T tokens of a row, D width, H heads, K = D / H, V vocabulary. Arguments that have a
-shape are tensors; config, model, groups, stream, phase, processes and step are what they are called.
+Shapes: R rows, T tokens of a row, D width, H heads, K = D / H, V vocabulary. An argument that is
+described by a shape is a tensor; `config` is always a Config, `model` a GPT, `step` counts from 0.
 """
 
 import argparse
 import contextlib
 import dataclasses
 import difflib
+import fcntl
 import glob
 import json
 import math
 import os
 import platform
 import re
+import resource
 import secrets
 import shlex
 import shutil
@@ -61,6 +63,14 @@ try:  # torch brings it for GPUs
 except ImportError:
     triton = None
 
+
+class UserError(SystemExit):
+    """Bad input, in one line: what was found, what was expected, what mends it. Exit status 1."""
+
+    def __init__(self, line):
+        super().__init__(" ".join(line.splitlines()))
+
+
 # ==================================================================================================
 # PART I: THE RECIPE
 # ==================================================================================================
@@ -72,15 +82,15 @@ STAGES = 3  # equal parts of the schedule; the extension after them is one more
 
 
 def setting(default, text, low=0.0, high=1e18, choices=(), by_stage=False):
-    """A field of Config. by_stage: 1 to 4 values, the last one repeats. Else a list of whole numbers
-    has any length, a list of other numbers the default's."""
+    """A field of Config, and what the command line takes for it. by_stage: 1 to 4 numbers, the last one
+    repeats. Other lists of whole numbers have any length, other lists of numbers the default's."""
     many = type(default) is tuple
     kind = type(default[0] if many else default)
-    counts = range(1, STAGES + 2) if by_stage else range(1000)
+    lengths = range(1, STAGES + 2) if by_stage else range(1000)
     if many and kind is float and not by_stage:
-        counts = [len(default)]
+        lengths = [len(default)]
     return dataclasses.field(default=default, metadata={
-        "text": text, "kind": kind, "many": many, "counts": counts, "low": low, "high": high,
+        "text": text, "kind": kind, "many": many, "lengths": lengths, "low": low, "high": high,
         "choices": ("true", "false") if kind is bool else choices})
 
 
@@ -90,8 +100,8 @@ ADAM = "Adam's rate, beta1, beta2, decay: "
 
 @dataclass(frozen=True)
 class Recipe:
-    """What decides the numbers of a run: a checkpoint keeps to it. The defaults are gpt2: records 1 to
-    83 and 88, without kernels of their own."""
+    """What decides the numbers of a run, up to rounding: a checkpoint keeps to it. The defaults are gpt2:
+    records 1 to 83 and 88, without kernels of their own."""
 
     preset: str = setting("gpt2", "the recipe that other settings start from")
     steps: int = setting(1375, "updates in all; schedules stretch with them", 1)
@@ -318,7 +328,8 @@ def value_at(values, stage):
 
 
 def stage_borders(config):
-    """The first steps of stages 1, 2 and of the extension: equal parts of the schedule (#46)."""
+    """The first steps of stages 1 and 2, and of the extension, which is the end of the schedule. Stages
+    are equal parts of it (#46)."""
     scheduled = config.steps - round(config.extension * config.steps)
     return [round(scheduled * part / STAGES) for part in range(1, STAGES + 1)]
 
@@ -516,7 +527,7 @@ class TokenStream:
             found[f"{number}: {Path(shard.path).name}"] = [*shard[1:], checksum]
         return found
 
-    def place(self, position):
+    def locate(self, position):
         """The shard of a position, and the position within it."""
         position %= self.tokens
         index = int(np.searchsorted(self.first, position, side="right")) - 1
@@ -526,7 +537,7 @@ class TokenStream:
         """(count,) uint16 tokens, and (count,) bool: where a document starts."""
         tokens, filled = np.empty(count, np.uint16), 0
         while filled < count:
-            shard, inside = self.place(position + filled)
+            shard, inside = self.locate(position + filled)
             part = read_tokens(shard, inside, min(count - filled, shard.tokens - inside))
             tokens[filled:filled + len(part)] = part
             filled += len(part)
@@ -549,20 +560,11 @@ def read_prefixes(stream):
     return prefixes if prefixes.max() >= 0 else None
 
 
-class Cursor(NamedTuple):
-    """Where the next row comes from: with the seed, all that a run has to remember of its data."""
-
-    position: int = 0  # in the stream
-    epoch: int = 0  # shuffled: how often all rows were drawn
-    left: int = 0  # shuffled: how many rows of the last drawing are left
-
-
 class Batch(NamedTuple):
     inputs: Tensor  # (R, T) int32
     targets: Tensor  # (R, T) int64: the next token; -1: none
     starts: Tensor  # (R, T) bool: a document begins
     positions: tuple[int, ...] = ()  # of the rows, in the stream
-    following: Cursor = Cursor()  # of the next step
 
 
 def row_shape(stage, config):
@@ -573,67 +575,69 @@ def row_shape(stage, config):
 
 def training_row(stream, position, shape, config):
     """The row that begins at `position`: (T + 1,) uint16, inputs and the last target; (T + 1,) bool,
-    where a document starts; and the position of the next row. Every row begins with a document, none
-    longer than the shape says (#29). What is cut off, by that or by the row's end, is dropped, or is
-    the next document."""
+    where a document starts; and the position of the next row. shape: T, and the longest document. Every
+    row begins with a document (#29). What is cut off, by that length or by the row's end, is dropped, or
+    is the next document."""
     count, longest = shape[0] + 1, shape[1]
     drops = config.long_documents == "drop"
     span = count + count // 2 if drops else count
     while True:  # until what was read holds a row and the start of the document after it
         tokens, starts = stream.read(position, span)
-        place = np.arange(span)
-        inside = place - np.maximum.accumulate(place * starts)  # each token's place in its document
+        index = np.arange(span)
+        offset = index - np.maximum.accumulate(index * starts)  # of each token in its document
         if not drops:  # the last target is the next row's first input
-            return tokens, starts | (inside % longest == 0), position + count - 1
-        kept = np.flatnonzero(inside < longest)[:count]
-        following = np.flatnonzero(starts[kept[-1] + 1:])
-        if len(kept) == count and len(following):
-            return tokens[kept], inside[kept] == 0, position + int(kept[-1] + 1 + following[0])
+            return tokens, starts | (offset % longest == 0), position + count - 1
+        chosen = np.flatnonzero(offset < longest)[:count]
+        next_starts = np.flatnonzero(starts[chosen[-1] + 1:])
+        if len(chosen) == count and len(next_starts):
+            following = position + int(chosen[-1] + 1 + next_starts[0])
+            return tokens[chosen], offset[chosen] == 0, following
         span *= 2
 
 
 def shuffled_rows(stream, config, shape, epoch):
-    """Where each whole row of the stream begins, in the order of an epoch, to be taken from the end."""
-    positions = [0]
+    """Where each whole row of the stream begins, in the order of an epoch. Raises UserError: there is none."""
     if config.long_documents == "continue":
-        positions = list(range(0, stream.tokens - shape[0], shape[0]))
+        positions = range(0, stream.tokens - shape[0], shape[0])
     else:
-        while positions[-1] < stream.tokens:
-            positions.append(training_row(stream, positions[-1], shape, config)[-1])
-        # The last row begins, or runs on, beyond the end.
-        del positions[-1 if positions[-1] == stream.tokens else -2:]
+        positions, following = [], 0
+        while following < stream.tokens:
+            begin, following = following, training_row(stream, following, shape, config)[-1]
+            if following <= stream.tokens:  # else it runs on beyond the end
+                positions.append(begin)
+    if not positions:
+        raise UserError(f"{stream.pattern} has no whole row of {shape[0]} tokens to shuffle; make more, or "
+                        "give a shorter --row-tokens, or --shuffle false")
     return np.random.default_rng((config.seed, epoch)).permutation(positions).tolist()
 
 
-def step_rows(stream, config, first=0, cursor=Cursor()):
-    """Yield (tokens, starts, position) of each row of a step, and the next step's cursor; from step
-    `first` on. Shuffled, an epoch deals out all rows of one shape; a stage with another shape begins
-    a new one."""
-    position, epoch, left = cursor
-    shape = row_shape(stage_of(max(0, first - 1), config), config)  # of the rows that are left
-    drawn = shuffled_rows(stream, config, shape, epoch - 1)[:left] if left else []
+def step_rows(stream, config, first=0):
+    """Yield the (tokens, starts, position) of each row of a step, and the position after them, for the steps
+    from `first` on. Shuffled, an epoch deals out all rows of one shape; a stage with another shape
+    begins a new one."""
+    position, epoch, left, shape = 0, 0, [], None
     for step in range(first, config.steps):
         stage, rows = stage_of(step, config), []
         if row_shape(stage, config) != shape:
-            drawn, shape = [], row_shape(stage, config)
+            left, shape = [], row_shape(stage, config)
         for _ in range(value_at(config.tokens_per_step, stage) // shape[0]):
-            if config.shuffle and not drawn:
-                drawn, epoch = shuffled_rows(stream, config, shape, epoch), epoch + 1
-            begin = drawn.pop() if drawn else position
+            if config.shuffle and not left:
+                left, epoch = shuffled_rows(stream, config, shape, epoch), epoch + 1
+            begin = left.pop() if config.shuffle else position
             tokens, starts, position = training_row(stream, begin, shape, config)
             rows.append((tokens, starts, begin))
-        yield rows, Cursor(position, epoch, len(drawn))
+        yield rows, position
 
 
-def step_batches(stream, config, processes, first=0, cursor=Cursor()):
+def step_batches(stream, config, processes, first=0):
     """Yield this process's share of each step's rows: consecutive ones, as many as others have."""
-    for rows, following in step_rows(stream, config, first, cursor):
+    for rows, _ in step_rows(stream, config, first):
         share = len(rows) // processes.world
         mine = rows[processes.rank * share:(processes.rank + 1) * share]
         tokens, starts, positions = zip(*mine, strict=True)
         tokens, starts = (torch.from_numpy(np.stack(part)) for part in (tokens, starts))
         starts = starts[:, :-1].contiguous()  # else its copy to a GPU would wait
-        yield Batch(tokens[:, :-1].int(), tokens[:, 1:].long(), starts, positions, following)
+        yield Batch(tokens[:, :-1].int(), tokens[:, 1:].long(), starts, positions)
 
 
 def validation_rows(stream, position, rows, row_tokens, end):
@@ -657,15 +661,13 @@ def prefetched(batches, device):
             yield batch
 
 
-def tokens_needed(stream, config):
-    """How far a run reads into the stream. Where documents are cut short, its rows are packed to
-    find out; beyond four passes over the stream, a part of them."""
-    inputs = tokens_until(config.steps, config)
+def holds_run(stream, config):
+    """Whether the stream has all tokens of a run. Where documents are cut short, its rows are packed to
+    find out."""
     if config.long_documents == "continue":
-        return inputs + 1
-    parts = 1 + inputs // (4 * stream.tokens)
-    shorter = replace(config, shuffle=False, steps=max(1, config.steps // parts))
-    return parts * deque(step_rows(stream, shorter), maxlen=1).pop()[1].position
+        return tokens_until(config.steps, config) < stream.tokens
+    steps = step_rows(stream, replace(config, shuffle=False))
+    return all(position <= stream.tokens for _, position in steps)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -706,19 +708,20 @@ def block_mask(first_key):
     reach = first_key[:, ::MASK_BLOCK] // MASK_BLOCK  # (R, T / 128), as all below
     last = first_key[:, MASK_BLOCK - 1::MASK_BLOCK]
     inside = torch.minimum((last + (MASK_BLOCK - 1)) // MASK_BLOCK, block)
-    key = block.expand(rows, -1).contiguous()
-    full_end = torch.searchsorted(inside.contiguous(), key, right=True, out_int32=True)
-    partial_end = torch.searchsorted(reach.contiguous(), key, right=True, out_int32=True)
+    diagonal = block.expand(rows, -1).contiguous()
+    full_end = torch.searchsorted(inside.contiguous(), diagonal, right=True, out_int32=True)
+    partial_end = torch.searchsorted(reach.contiguous(), diagonal, right=True, out_int32=True)
 
-    def listed(begin, end, diagonal):
+    def listed(begin, end, with_diagonal):
         """Intervals -> counts (R, 1, N) and lists (R, 1, N, N), with the diagonal in front or not."""
-        numbers = (begin[..., None] - diagonal + block).clamp_(max=len(block) - 1)
-        if diagonal:
-            numbers[..., 0] = key
-        return (end - begin + diagonal)[:, None], numbers[:, None]
+        numbers = (begin[..., None] - with_diagonal + block).clamp_(max=len(block) - 1)
+        if with_diagonal:
+            numbers[..., 0] = diagonal
+        return (end - begin + with_diagonal)[:, None], numbers[:, None]
 
-    return BlockMask((tokens, tokens), *listed(reach, inside, 1), *listed(inside, key, 0),
-                     *listed(full_end, partial_end, 1), *listed(key + 1, full_end, 0),
+    partial, full = listed(reach, inside, 1), listed(inside, diagonal, 0)
+    partial_of_keys, full_of_keys = listed(full_end, partial_end, 1), listed(diagonal + 1, full_end, 0)
+    return BlockMask((tokens, tokens), *partial, *full, *partial_of_keys, *full_of_keys,
                      BLOCK_SIZE=(MASK_BLOCK, MASK_BLOCK), mask_mod=interval_rule(first_key))
 
 
@@ -735,13 +738,15 @@ def span_mask(first_key, block=2 * MASK_BLOCK):
     return spans
 
 
-# By dtype and K, where others than torch's own were faster: 0.385 ms for 0.431 on an H100.
+# Tiles of FlexAttention's forward kernel, by dtype and K, where its own are slower: 0.431 ms for 0.385 on
+# an H100.
 FORWARD_TILES = {(torch.bfloat16, 128): {
     "fwd_BLOCK_M": 64, "fwd_BLOCK_N": 64, "fwd_num_stages": 3, "fwd_num_warps": 4}}
 
 
 def attention(query, key, value, mask):
-    """Softmax attention, all (R, H, T, K). The query carries the scale."""
+    """Softmax attention, all (R, H, T, K); of paired heads (R, H / 2, 2 T, K). The query carries the scale.
+    mask: of block_mask where the model is compiled, else of span_mask."""
     if isinstance(mask, BlockMask):
         tiles = FORWARD_TILES.get((query.dtype, query.shape[-1]))
         return flex_attention(query, key, value, block_mask=mask, scale=1.0, kernel_options=tiles)
@@ -870,19 +875,21 @@ def compiled_if(compiled, function, **options):
 class Mudd(nn.Module):
     """Weights that depend on the token (MUDDFormer, #81), computed from the stream."""
 
-    def __init__(self, values, config, dtype, draw):
-        """values: of the weights, at first, for every token. Biases are ten times that, so that an
-        update of one moves its weight by a tenth."""
+    def __init__(self, initial, config, dtype, draw):
+        """initial: the weights before training, of every token, in tuples of those that belong together.
+        Biases are ten times that, so that an update of one moves its weight by a tenth."""
         super().__init__()
+        self.counts, values = [len(values) for values in initial], sum(initial, ())
         first = uniform(MUDD_WIDTH, config.width, spread=3**-0.5, draw=draw)
         self.mudd_in = nn.Parameter(first.to(dtype))
         self.mudd_out = parameter(len(values), MUDD_WIDTH, dtype=dtype)
         self.mudd_bias = nn.Parameter((10 * torch.tensor(values, dtype=torch.float64)).to(dtype))
 
     def forward(self, x):
-        """(R, T, D) -> one (R, T, 1) for each value."""
+        """(R, T, D) -> as many tuples as `initial`, of weights (R, T, 1)."""
         hidden = F.gelu(F.linear(x, self.mudd_in))
-        return (0.1 * F.linear(hidden, self.mudd_out, self.mudd_bias)).split(1, dim=-1)
+        weights = 0.1 * F.linear(hidden, self.mudd_out, self.mudd_bias)
+        return [part.split(1, dim=-1) for part in weights.split(self.counts, dim=-1)]
 
 
 def mixed(x, added, residual, output):
@@ -934,13 +941,15 @@ class Exit(nn.Module):
     def __init__(self, config, dtype, draw):
         super().__init__()
         self.epsilon = config.rms_epsilon
-        self.mudd = Mudd((0.0, -0.5, 0.0, 0.0, 0.0), config, dtype, draw) if config.mudd else None
+        initial = (0.0, -0.5, 0.0, 0.0, 0.0),  # of the streams that forward() takes
+        self.mudd = Mudd(initial, config, dtype, draw) if config.mudd else None
 
     def forward(self, x, streams):
         """(R, T, D), and the streams that MUDD adds, or None: x0, attention's source, the one before the
         last block, the first value embedding, the first output that is kept for a skip."""
         if self.mudd is not None:
-            x = x + weighted_sum(self.mudd(x), streams)
+            weights, = self.mudd(x)
+            x = x + weighted_sum(weights, streams)
         return rms_norm(x, self.epsilon)
 
 
@@ -981,10 +990,14 @@ class Block(nn.Module):
         each = [1 + self.attends] if config.mixing == "sublayers" else []
         self.residual = scalar(*each, first=first, used=not dynamic and config.mixing != "none")
         self.output = scalar(*each, first=1.0, used=not dynamic and each != [])
-        # Of x0, source and stream in values, and in the stream; of halves of the heads; attention's
-        # weights of stream and output; of x0 and bigrams; the MLP's weights of stream and output.
-        self.mudd = Mudd((0.0,) * 6 + (2.0, 2.0, first, 1.0, 0.0, BIGRAM_INIT, first, 1.0),
-                         config, dtype, draw) if dynamic else None
+        self.mudd = Mudd((
+            (0.0, 0.0, 0.0),  # of x0, source and stream, which are added to values
+            (0.0, 0.0, 0.0),  # of the same, added to the stream
+            (2.0, 2.0),  # of the value embedding, for each half of the heads
+            (first, 1.0),  # of the stream, and of attention's output
+            (0.0, BIGRAM_INIT),  # of x0 and bigram, added after attention
+            (first, 1.0),  # of the stream, and of the MLP's output
+        ), config, dtype, draw) if dynamic else None
         skipped = layer in skip_sources(config)
         self.skip_mix = scalar(first=-1.5 if config.gated_skip else 1.0, used=skipped)
         self.skip_gate = scalar(gate_size, used=skipped and config.gated_skip != ())
@@ -1011,9 +1024,9 @@ class Block(nn.Module):
         normed = rms_norm(x if source is None else source, self.epsilon)
         added = self.added_to_values(normed, embedding)
         if self.mudd is not None:  # MUDD: all these weights depend on the token
-            weights, streams = self.mudd(x), (shared.x0, source, x)
-            of_values, of_stream, of_halves = weights[:3], weights[3:6], weights[6:8]
-            residual, output, of_x0, of_bigram, *of_mlp = weights[8:]
+            (of_values, of_stream, of_halves, (residual, output), (of_x0, of_bigram),
+             of_mlp) = self.mudd(x)
+            streams = shared.x0, source, x
             halves = torch.cat(of_halves, dim=-1).repeat_interleave((self.heads + 1) // 2, dim=-1)
             added = 0 if added is None else halves[..., :self.heads, None] * added
             added = added + weighted_sum(of_values, streams).unflatten(-1, (self.heads, -1))
@@ -1119,13 +1132,13 @@ def sorted_rows(rows):
     return found, places.int(), torch.searchsorted(run, numbers, out_int32=True), run[-1:] + 1
 
 
-def add_rows(total, parts, order):
+def add_rows(total, parts, by_row):
     """Add parts (R T, n) to the rows of total (V, n), in place, in at least float32: in bfloat16, a
-    token that is there 2,000 times would lose a quarter of its sum. order: what `sorted_rows` gives."""
-    rows, places, *_ = order
+    token that is there 2,000 times would lose a quarter of its sum. by_row: what `sorted_rows` gives."""
+    rows, places, *_ = by_row
     if parts.is_cuda and total.dtype != torch.float64:  # 0.14 ms for 0.49 of torch's own on an H100
         grid = 4096, triton.cdiv(total.shape[1], 64)  # programs; parts of 64 channels
-        add_rows_kernel[grid](total, parts.contiguous(), *order, width=total.shape[1],
+        add_rows_kernel[grid](total, parts.contiguous(), *by_row, width=total.shape[1],
                               CHANNELS=64, AT_ONCE=32, num_warps=1)
     else:
         result = total.to(wide(total.dtype))  # total itself, unless it is in bfloat16
@@ -1133,13 +1146,14 @@ def add_rows(total, parts, order):
 
 
 class TableRows(torch.autograd.Function):
-    """(V, n), (R, T) int -> (R, T, n). In training, gradients are added to the table's own in its group: a
-    gradient of this lookup, as large as the table, would be written and read for nothing. As autograd
-    then has none, the group is told by `gradient_arrived`."""
+    """(V, n), (R, T) int -> (R, T, n). In training, gradients are added to the table's own in its Group: a
+    gradient of this lookup, as large as the table, would be written and read for nothing. Autograd then
+    has none and calls no hook, so `gradient_arrived`, which the Group left at its parameter, is called
+    here."""
 
     @staticmethod
-    def forward(ctx, table, rows, order):
-        ctx.table, ctx.order = table, order
+    def forward(ctx, table, rows, by_row):
+        ctx.table, ctx.by_row = table, by_row
         return F.embedding(rows, table)
 
     @staticmethod
@@ -1147,7 +1161,7 @@ class TableRows(torch.autograd.Function):
         table = ctx.table
         grouped = hasattr(table, "gradient_arrived")
         total = table.grad if grouped else torch.zeros_like(table)
-        add_rows(total, gradient.flatten(0, 1), ctx.order)
+        add_rows(total, gradient.flatten(0, 1), ctx.by_row)
         if grouped:
             table.gradient_arrived(table)
         return None if grouped else total, None, None
@@ -1174,7 +1188,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config, self.vocabulary = config, vocabulary
         self.dtype, self.float8, self.compiled = getattr(torch, config.dtype), float8, compiled
-        self.enter, self.attention_sublayer, self.mlp_sublayer, self.leave = (  # called with the module
+        self.run_entrance, self.run_attention, self.run_mlp, self.run_exit = (  # called with the module
             compiled_if(compiled, part) for part in (
                 Entrance.forward, Block.attention_sublayer, Block.mlp_sublayer, Exit.forward))
         self.quantised, self.chunk_losses = (
@@ -1208,8 +1222,9 @@ class GPT(nn.Module):
         self.register_buffer("prefixes", prefixes, persistent=False)
 
     def run_block(self, block, x, *others):
-        x, value, weights = self.attention_sublayer(block, x, *others)
-        return self.mlp_sublayer(block, x, weights), value
+        """A layer: the stream, and the layer's own values or None. others: as of attention_sublayer."""
+        x, value, weights = self.run_attention(block, x, *others)
+        return self.run_mlp(block, x, weights), value
 
     def forward(self, inputs, starts, phase):
         """(R, T) int32, (R, T) bool -> (R, T, D), normed, ready for the head."""
@@ -1217,17 +1232,17 @@ class GPT(nn.Module):
         run, skips, bigram, signs = self.run_block, skip_sources(self.config), None, None
         if config.recompute and torch.is_grad_enabled():
             run = partial(recomputed, run, use_reentrant=False, preserve_rng_state=False)
-        order = sorted_rows(inputs)
+        by_row = sorted_rows(inputs)
         if phase.tied:  # the loss adds to the head's gradient, too
             embedding = F.embedding(inputs, self.head).to(self.dtype)
         else:
-            embedding = TableRows.apply(self.embedding, inputs, order)
+            embedding = TableRows.apply(self.embedding, inputs, by_row)
         if config.bigram:
             pairs = bigram_rows(inputs, len(self.bigram_table))
             bigram = TableRows.apply(self.bigram_table, pairs, sorted_rows(pairs))
         if self.signs is not None:
             signs = F.embedding(sign_rows(inputs, len(self.signs)), self.signs)
-        x0, bigram, injected = self.enter(self.entrance, embedding, bigram, signs)
+        x0, bigram, injected = self.run_entrance(self.entrance, embedding, bigram, signs)
         positions = inputs.shape[1] * (2 if config.paired_layers else 1)
         channels, _ = head_channels(config)
         factors = rotary_tables(self.frequencies[phase.stage], positions, channels, self.dtype)
@@ -1236,7 +1251,7 @@ class GPT(nn.Module):
         for i, block in enumerate(self.blocks):
             mask, embedding, before = masks.get((block.short, block.paired)), None, x
             if i in self.table_of:
-                embedding = TableRows.apply(self.value_tables[self.table_of[i]], inputs, order)
+                embedding = TableRows.apply(self.value_tables[self.table_of[i]], inputs, by_row)
                 first_embedding = embedding if first_embedding is None else first_embedding
             x, value = run(block, x, shared, mask, injected.pop(i, None), outputs.get(skips.get(i)),
                            source, embedding, first_value)
@@ -1246,11 +1261,12 @@ class GPT(nn.Module):
                 source = x
             first_value = value if block.gives_values else first_value
         skipped = next(iter(outputs.values()), None)
-        return self.leave(self.exit, x, (x0, source, before, first_embedding, skipped))
+        return self.run_exit(self.exit, x, (x0, source, before, first_embedding, skipped))
 
     def loss(self, batch, phase):
         """Sums, not means, of cross-entropies in nats, () and at least float32: of all targets of every
-        token, weighted, for training; of the next token alone, to report."""
+        token, weighted, for training; of the next token alone, to report. Targets go on across
+        documents, as in the records."""
         hidden = self(batch.inputs, batch.starts, phase).flatten(0, 1)
         targets = [F.pad(batch.targets[:, k:], (0, k), value=-1) for k in range(len(phase.token_weights))]
         weights = [*phase.token_weights]
@@ -1286,7 +1302,7 @@ def attention_masks(model, starts, windows):
 # Divisors before a cast to float8, as the records measured them (#51, #55): hidden states up to 100 and
 # weights up to 1.6 fit into e4m3, gradients up to 96 into e5m2.
 HIDDEN_UNIT, HEAD_UNIT, GRADIENT_UNIT = 100 / 448, 1.6 / 448, 0.75 / 448
-BIT = math.log(2)  # in nats: inside, logits are in bits, as GPUs compute 2^x but not e^x
+BIT = math.log(2)  # in nats. Within the loss, logits are in bits: GPUs compute 2^x, and e^x by it
 
 
 def quantised(x, unit, dtype):
@@ -1316,8 +1332,8 @@ def softcap(z, cap, unit=1.0):
 
 
 def chunk_losses(z, targets, weights, cap):
-    """(n, V), (n, k) -> weighted loss and loss of the next token, in nats; log2 of the sum of exponentials
-    (n, 1). A target of -1 is none. It is compiled apart from the gradient: in one graph the compiler
+    """(n, V), (n, k), k weights () -> weighted loss and loss of the next token, in nats; log2 of the sum of
+    exponentials (n, 1), in bits. A target of -1 is none. cap: of `softcap`. It is compiled apart from the gradient: in one graph the compiler
     makes one kernel of both, whose transposed copy is slow."""
     logits = softcap(z.to(wide(z.dtype)), cap, BIT)[0]
     bounded = 0 < cap[0] <= 60  # no exponential overflows: the maximum need not be known first
@@ -1409,39 +1425,39 @@ class Group:
     of the group is there.
     """
 
-    def __init__(self, name, parameters, axes, config, processes):
-        """axes: trailing ones of an item, which slices keep whole: 2 matrix, 1 row, 0 scalar."""
+    def __init__(self, name, axes, parameters, config, processes):
+        """axes: the trailing axes of a unit, which no slice divides: 2, a matrix; 1, a row; 0, a scalar."""
         self.name, self.parameters, self.config, self.world = name, parameters, config, processes.world
-        item = parameters[0].shape[parameters[0].dim() - axes:]
+        unit = parameters[0].shape[parameters[0].dim() - axes:]
         # Each parameter begins on 16 bytes: compiled kernels rely on what they saw of layer 0's.
-        align = 16 // math.gcd(16, item.numel() * parameters[0].element_size())
-        self.parts, self.length = [], 0
+        align = 16 // math.gcd(16, unit.numel() * parameters[0].element_size())
+        self.slices, self.length = [], 0
         for p in parameters:
             begin = -(-self.length // align) * align
-            self.length = begin + p.numel() // item.numel()
-            self.parts.append(slice(begin, self.length))
+            self.length = begin + p.numel() // unit.numel()
+            self.slices.append(slice(begin, self.length))
         share = -(-self.length // self.world)
-        self.weights = parameters[0].data.new_zeros(share * self.world, *item)
+        self.weights = parameters[0].data.new_zeros(share * self.world, *unit)
         self.gradients = torch.zeros_like(self.weights)
-        for p, part in zip(parameters, self.parts, strict=True):
-            self.weights[part] = p.data.reshape(-1, *item)
+        for p, part in zip(parameters, self.slices, strict=True):
+            self.weights[part] = p.data.reshape(-1, *unit)
             p.data, p.grad = self.weights[part].view(p.shape), self.gradients[part].view(p.shape)
             p.register_post_accumulate_grad_hook(self.gradient_arrived)
             p.gradient_arrived = self.gradient_arrived  # for gradients that do not come by autograd
-        self.mine = slice(processes.rank * share, (processes.rank + 1) * share)
-        self.shard = self.weights[self.mine]
-        self.shard_gradient = self.gradients if self.world == 1 else torch.zeros_like(self.shard)
-        self.wide = wide(self.shard.dtype)
+        self.own_slice = slice(processes.rank * share, (processes.rank + 1) * share)
+        self.own = self.weights[self.own_slice]
+        self.own_gradient = self.gradients if self.world == 1 else torch.zeros_like(self.own)
+        self.state_dtype = wide(self.own.dtype)
         self.state, self.pending, self.work = [], set(), None  # state: buffers of this slice
         self.exchanges = self.world > 1  # not in the warm-up
 
-    def per_item(self, values, *shape):
-        """A value of this shape for each parameter, or for each of its items -> one for each item of this
+    def per_unit(self, values, *shape):
+        """A value of this shape for each parameter, or for each of its units -> one for each unit of this
         process's slice; 0 for padding."""
-        items = self.shard.new_zeros(len(self.weights), *shape, dtype=self.wide)
-        for part, value in zip(self.parts, values, strict=True):
-            items[part] = items.new_tensor(value)
-        return items[self.mine]
+        units = self.own.new_zeros(len(self.weights), *shape, dtype=self.state_dtype)
+        for part, value in zip(self.slices, values, strict=True):
+            units[part] = units.new_tensor(value)
+        return units[self.own_slice]
 
     def expect_gradients(self):
         """The next backward pass is the last of the step: reduce when all its gradients are there."""
@@ -1456,13 +1472,13 @@ class Group:
     def reduce(self):
         """Start to sum the gradients over processes, if that has not begun."""
         if self.exchanges and self.work is None:
-            self.work = reduce_scatter(self.shard_gradient, self.gradients, async_op=True)
+            self.work = reduce_scatter(self.own_gradient, self.gradients, async_op=True)
 
     def gather(self):
         """Start to send the updated slice to all. The gradients are used up, and zero again."""
         self.gradients.zero_()
         if self.exchanges:
-            self.work = all_gather(self.weights, self.shard, async_op=True)
+            self.work = all_gather(self.weights, self.own, async_op=True)
 
     def wait(self):
         """For what was started last. On a GPU, what is launched from here on runs after it."""
@@ -1470,9 +1486,9 @@ class Group:
             self.work.wait()
         self.work = None
 
-    def scalar(self, value):
+    def as_tensor(self, value):
         """A number that changes with the step, as a tensor: compiled code sees no new constant."""
-        return torch.tensor(value, dtype=self.wide)
+        return torch.tensor(value, dtype=self.state_dtype)
 
     def whole(self, buffer):
         """A buffer of the state from all processes, for a checkpoint of any number of them."""
@@ -1486,7 +1502,7 @@ class Group:
         """This process's slice of such a buffer."""
         if whole.shape != (self.length, *buffer.shape[1:]):
             raise ValueError(f"{self.name} has state of shape {tuple(whole.shape)}")
-        part = whole[self.mine]  # shorter, where the slice ends in padding
+        part = whole[self.own_slice]  # shorter, where the slice ends in padding
         buffer.zero_()[:len(part)] = part
 
 
@@ -1519,15 +1535,15 @@ def orthogonalise(update, kind, dtype):
     return (x.mT if tall else x).reshape(update.shape)
 
 
-def equalised_axis(matrices):
-    """Of NorMuon's mean squares: one for each row, in wide matrices one for each column (#80)."""
+def averaged_axis(matrices):
+    """What NorMuon's mean squares average over: rows; in matrices wider than tall, columns (#80)."""
     return -1 if matrices.shape[-2] >= matrices.shape[-1] else -2
 
 
 def equalise_rows(update, mean_square, beta2):
     """NorMuon (#41): divide each row by its running root mean square, keep each matrix's norm.
-    Matrices (n, rows, columns), mean squares (n, rows, 1); of wide matrices, each column."""
-    square = update.square().mean(equalised_axis(update), keepdim=True)
+    Matrices (n, rows, columns), mean squares (n, rows, 1); if wider than tall, (n, 1, columns)."""
+    square = update.square().mean(averaged_axis(update), keepdim=True)
     mean_square.lerp_(square, 1 - beta2)
     factor = mean_square.clamp_min(1e-10).rsqrt()
     before, after = (part.sum((-2, -1), keepdim=True).sqrt() for part in (square, square * factor.square()))
@@ -1547,9 +1563,9 @@ def split_bits(x):
 
 def muon_update(weight, gradient, average, mean_square, low_bits, scale, rate, momentum, decay,
                 beta2, kind, dtype):
-    """Muon in place, all (matrices, rows, columns): Nesterov momentum in average form (#15),
-    orthogonalised, rows equalised. Weights decay, by the rate squared, only where the update shrinks
-    them (cautious, #43)."""
+    """Muon in place: Nesterov momentum in average form (#15), orthogonalised, rows equalised. Weights decay,
+    by the rate squared, only where the update shrinks them or is 0 (cautious, #43). All (n, rows,
+    columns), but mean squares (one axis 1), scale (n, 1, 1), rate and momentum (); low_bits or None."""
     gradient = gradient.to(average.dtype)
     average.mul_(momentum).add_(gradient * (1 - momentum))
     nesterov = average * momentum + gradient * (1 - momentum)
@@ -1565,15 +1581,15 @@ def muon_update(weight, gradient, average, mean_square, low_bits, scale, rate, m
 
 
 def adam_update(weight, gradient, mean, mean_square, settings, factor, count, epsilon):
-    """Adam in place, in at least float32; epsilon is outside the corrected root. settings: (items, 4)
-    rate, beta1, beta2, decay of each. Decay is cautious as Muon's (#50)."""
+    """Adam in place, in at least float32; epsilon is outside the corrected root. settings: (units, 4)
+    rate, beta1, beta2, decay of each. Decay is cautious (#50), and 0 where the update is."""
     rate, beta1, beta2, decay = settings.view(-1, 4, *[1] * (weight.dim() - 1)).unbind(1)
     rate, gradient, old = rate * factor, gradient.to(mean.dtype), weight.to(mean.dtype)
     mean.lerp_(gradient, 1 - beta1)
     mean_square.lerp_(gradient.square(), 1 - beta2)
     root = (mean_square / (1 - beta2**count)).sqrt() + epsilon
-    step = rate * (mean / (1 - beta1**count)) / root
-    weight.copy_(old - step - rate.square() * decay * old * (step * old > 0))
+    update = rate * (mean / (1 - beta1**count)) / root
+    weight.copy_(old - update - rate.square() * decay * old * (update * old > 0))
 
 
 class Muon(Group):
@@ -1582,22 +1598,22 @@ class Muon(Group):
 
     def __init__(self, name, axes, parameters, scales, model, processes):
         """scales: for each parameter, factors on the updates of its matrices, in turn."""
-        super().__init__(name, parameters, axes, model.config, processes)
+        super().__init__(name, axes, parameters, model.config, processes)
         self.dtype, self.kernel = model.dtype, compiled_if(model.compiled, muon_update)
-        average = torch.zeros_like(self.shard, dtype=self.wide)
-        self.state = [average, torch.zeros_like(average.mean(equalised_axis(average), keepdim=True))]
+        average = torch.zeros_like(self.own, dtype=self.state_dtype)
+        self.state = [average, torch.zeros_like(average.mean(averaged_axis(average), keepdim=True))]
         if self.weights.dtype == torch.bfloat16:
-            self.state.append(torch.zeros_like(self.shard, dtype=torch.int16))
-        self.scale = self.per_item(scales)[:, None, None]
+            self.state.append(torch.zeros_like(self.own, dtype=torch.int16))
+        self.scale = self.per_unit(scales)[:, None, None]
 
     def is_due(self, step):
         return True
 
     def update(self, step):
         config, (average, mean_square, low_bits) = self.config, (*self.state, None)[:3]
-        rate = self.scalar(config.muon_lr * learning_rate_factor(step, config))
-        momentum = self.scalar(momentum_at(step, config))
-        self.kernel(self.shard, self.shard_gradient, average, mean_square, low_bits, self.scale, rate,
+        rate = self.as_tensor(config.muon_lr * learning_rate_factor(step, config))
+        momentum = self.as_tensor(momentum_at(step, config))
+        self.kernel(self.own, self.own_gradient, average, mean_square, low_bits, self.scale, rate,
                     momentum, config.muon_decay, config.normuon_beta2, config.orthogonaliser, self.dtype)
 
 
@@ -1606,11 +1622,11 @@ class Adam(Group):
 
     def __init__(self, name, axes, parameters, settings, model, processes):
         """settings: rate, beta1, beta2, decay of each parameter."""
-        super().__init__(name, parameters, axes, model.config, processes)
-        self.settings = self.per_item(settings, 4)
+        super().__init__(name, axes, parameters, model.config, processes)
+        self.settings = self.per_unit(settings, 4)
         self.after = last_tied_step(model.config) if name == "embedding" else -1
         self.kernel = compiled_if(model.compiled, adam_update)
-        self.state = [torch.zeros_like(self.shard, dtype=self.wide) for _ in range(2)]
+        self.state = [torch.zeros_like(self.own, dtype=self.state_dtype) for _ in range(2)]
 
     def is_due(self, step):
         """In every `adam_every`-th step, with the gradients since the last one (#39); the embedding only
@@ -1618,9 +1634,9 @@ class Adam(Group):
         return step > self.after and (step + 1) % self.config.adam_every == 0
 
     def update(self, step):
-        factor = self.scalar(learning_rate_factor(step, self.config))
-        count = self.scalar((step + 1.0) // self.config.adam_every)
-        self.kernel(self.shard, self.shard_gradient, *self.state, self.settings, factor, count,
+        factor = self.as_tensor(learning_rate_factor(step, self.config))
+        count = self.as_tensor((step + 1.0) // self.config.adam_every)
+        self.kernel(self.own, self.own_gradient, *self.state, self.settings, factor, count,
                     self.config.adam_epsilon)
 
 
@@ -1718,7 +1734,7 @@ def train_step(model, groups, batch, step):
             for group in due:
                 group.expect_gradients()
         loss, next_token_loss = model.loss(micro, phase)
-        (loss / config.tokens_per_step[0]).backward()
+        (loss / config.tokens_per_step[0]).backward()  # float8's units and Adam's epsilon are for this size
         total += next_token_loss / value_at(config.tokens_per_step, phase.stage)
     apply_updates(due, step)
     if step == last_tied_step(config):
@@ -1765,11 +1781,11 @@ def warm_up(model, groups, data, processes):
     for border in borders[local:local + 1] if processes.world > 1 else ():
         run_stage(border)
     processes.barrier()
+    for group in groups.values():  # all processes run the same from here on, and so connect
+        group.exchanges = processes.world > 1
     for border in borders:
         run_stage(border)
     validate(model, data.val, 1, config.steps, alone)
-    for group in groups.values():
-        group.exchanges = processes.world > 1
     for tensor, original in kept:
         tensor.copy_(original)
     processes.barrier()
@@ -1792,13 +1808,12 @@ class Data(NamedTuple):
 
 
 class Progress(NamedTuple):
-    """Where a run stands: beside weights and optimizer state, all that it needs to go on."""
+    """Where a run stands: beside weights and optimizer state, all that it needs to go on. Its data are
+    read again from the start, so that their order needs no state."""
 
     step: int = 0  # updates done
     seconds: float = 0.0  # of training
-    validated: int = -1  # the last step with a validation
-    val_loss: float = math.nan
-    cursor: tuple = Cursor()
+    val_loss: float = math.nan  # the last one
 
 
 def open_data(config):
@@ -1811,9 +1826,9 @@ def open_data(config):
         if stream.tokens < least:
             raise UserError(f"{stream.pattern} has {stream.tokens} tokens, expected {least} or more; make "
                             f"more: {shard_command(stream.pattern)}")
-    needed = tokens_needed(train, config)
-    if needed > train.tokens and not config.repeat:
-        raise UserError(f"the run reads {needed:,} tokens, {train.pattern} has {train.tokens:,}; make more "
+    if not config.repeat and not holds_run(train, config):
+        raise UserError(f"{train.pattern} has {train.tokens:,} tokens, the run trains on "
+                        f"{tokens_until(config.steps, config):,}, besides what it cuts off; make more "
                         f"({shard_command(train.pattern)}), or give --repeat true, fewer --steps, or "
                         "--long-documents continue")
     found, prefixes = {"train": train.fingerprints(), "val": val.fingerprints()}, None
@@ -1826,27 +1841,29 @@ def open_data(config):
 def training_loop(model, groups, data, processes, log, progress, received):
     """All steps that are left, with their validations and checkpoints. Raises UserError for numbers
     that are not finite, and SystemExit, 128 + its number, after a signal, which `received` holds."""
-    config, first, cursor = model.config, progress.step, Cursor(*progress.cursor)
+    config, first = model.config, progress.step
     save_every = -(-config.save_every // config.adam_every) * config.adam_every
-    batches = step_batches(data.train, config, processes, first, cursor)
+    batches = step_batches(data.train, config, processes)
+    for _ in range(first):  # of a run that goes on
+        next(batches)
     batches, clock = prefetched(batches, processes.device), Clock(processes, progress.seconds)
     reports = Reports(groups, data.train, processes, log, clock)
     for step in range(first, config.steps + 1):
-        between = first < step < config.steps and step % config.adam_every == 0  # Adam is done
-        stopping = between and reports.signal > 0
-        saving = stopping or between and save_every and step % save_every == 0
-        validating = step in (0, config.steps) or config.val_every and step % config.val_every == 0
-        validating = validating and step != progress.validated and not stopping
+        resumable = first < step < config.steps and step % config.adam_every == 0  # Adam is done
+        stopping = resumable and reports.signal > 0
+        saving = stopping or resumable and save_every > 0 and step % save_every == 0
+        regular = step in (0, config.steps) or config.val_every > 0 and step % config.val_every == 0
+        validating = regular and not stopping
         if validating or saving:
             reports.read()
             with clock.stopped():
-                progress = progress._replace(step=step, seconds=clock.seconds, cursor=tuple(cursor))
+                progress = progress._replace(step=step, seconds=clock.seconds)
                 if validating:
                     loss = validate(model, data.val, data.val_tokens, step, processes)
                     if not math.isfinite(loss):
                         raise UserError(f"the validation loss after step {step} is {loss}{log.way_on()}")
                     log.record(step, clock.seconds, val_loss=loss, peak_memory_mib=peak_memory(processes))
-                    progress = progress._replace(validated=step, val_loss=loss)
+                    progress = progress._replace(val_loss=loss)
                 if saving:
                     save_checkpoint(log, model, groups, data, processes, progress)
                 if stopping:
@@ -1857,7 +1874,6 @@ def training_loop(model, groups, data, processes, log, progress, received):
             batch = next(batches)
             loss = train_step(model, groups, batch, step)
             reports.send(step, batch, loss, received)
-            cursor = batch.following
     return progress
 
 
@@ -1921,13 +1937,6 @@ def train(config, processes):
 # Command line. In: arguments. Out: a checked Config.
 
 
-class UserError(SystemExit):
-    """Bad input, in one line: what was found, what was expected, what mends it. Exit status 1."""
-
-    def __init__(self, line):
-        super().__init__(" ".join(line.splitlines()))
-
-
 BASIC = ("preset", "train_files", "val_files", "steps", "tokens_per_step", "micro_tokens", "device",
          "out", "save_every", "resume", "seed")
 ELSEWHERE = {  # what other trainers call a setting
@@ -1967,18 +1976,18 @@ def spelled(value):
 
 def typed(option, text):
     """A text as the value of a setting, within its bounds. Raises ArgumentTypeError."""
-    _, kind, many, counts, low, high, choices = option.metadata.values()
+    _, kind, many, lengths, low, high, choices = option.metadata.values()
     words = text.split(",") if many else [text]
     if many and text == "none":
         words = []
     try:
         values = [word == "true" if kind is bool else kind(word) for word in words]
         bounded = kind is str or all(low <= value <= high for value in values)
-        if not bounded or len(values) not in counts or choices and text not in choices:
+        if not bounded or len(values) not in lengths or choices and text not in choices:
             raise ValueError
     except ValueError:
         expected = " or ".join(choices) or f"{kind.__name__} from {low:g} to {high:g}"
-        expected += f", {counts[0]} to {counts[-1]} of them, joined by commas" * many
+        expected += f", {lengths[0]} to {lengths[-1]} of them, joined by commas" * many
         raise argparse.ArgumentTypeError(
             f"found {text:.80}, expected {expected}, such as {spelled(option.default)}") from None
     return tuple(values) if many else values[0]
@@ -2074,7 +2083,8 @@ def check_config(config):
         ("attention_free", config.mudd and config.layers - 1 in config.attention_free,
          "without the last layer, for --mudd true"),
         ("rotary_share", turning and channels % turning, "of channels that divide a head's"),
-        ("softcap", config.softcap[0] and config.softcap[1] <= 0, "of a range above 0"),
+        ("softcap", config.softcap[0] < 0 or config.softcap[0] and config.softcap[1] <= 0,
+         "of h from 0 and r above 0"),
         ("val_files", config.val_files == config.train_files, "given too: other shards than --train-files"),
         ("out", config.out != config.out.encode(errors="ignore").decode(), "a name in UTF-8")]
     for name in ("short_layers", "paired_layers", "attention_free", "value_layers", "xsa_layers",
@@ -2113,7 +2123,7 @@ class Processes(NamedTuple):
         if self.world > 1:
             dist.monitored_barrier(self.host)
 
-    def all_gather(self, value):
+    def gather_values(self, value):
         """The plain value of each process."""
         values = [value] * self.world
         if self.world > 1:
@@ -2122,7 +2132,7 @@ class Processes(NamedTuple):
 
     def check_agreement(self, facts):
         """Raises UserError, on every process, where one has other facts than this one."""
-        for rank, other in enumerate(self.all_gather(facts)):
+        for rank, other in enumerate(self.gather_values(facts)):
             for name in facts:
                 if other[name] != facts[name]:
                     raise UserError(
@@ -2218,10 +2228,7 @@ class RunLog(contextlib.AbstractContextManager):
             open(folder / name, "a", 1, "utf-8", "backslashreplace")
             for name in ("log.txt", "metrics.jsonl"))
         try:
-            import fcntl
             fcntl.flock(self.text, fcntl.LOCK_EX | fcntl.LOCK_NB)  # till this process ends
-        except ImportError:  # Windows has no such locks
-            pass
         except BlockingIOError:
             raise UserError(
                 f"another process writes to {folder}; give another --out, or --resume none") from None
@@ -2234,7 +2241,8 @@ class RunLog(contextlib.AbstractContextManager):
         if self.folder:
             self.bar.close()
             if error and type(error) is not SystemExit:  # a signal has said its line
-                self.line(f"ended: {one_line(error) or repr(error)}{self.way_on()}", show=False)
+                text, way_on = one_line(error) or repr(error), self.way_on()
+                self.line(f"ended: {text.removesuffix(way_on)}{way_on}", show=False)
             with contextlib.suppress(OSError), self.metrics, self.text:
                 pass  # closed, also on a full disk
 
@@ -2287,7 +2295,6 @@ def peak_memory(processes):
     """Most memory of this process so far, in MiB: allocated on the GPU, or resident on the CPU."""
     if processes.device.type == "cuda":
         return torch.cuda.max_memory_allocated(processes.device) / 2**20
-    import resource
     unit = 2**20 if sys.platform == "darwin" else 2**10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
@@ -2343,9 +2350,10 @@ def contents(model, data, progress):
 
 def save_checkpoint(log, model, groups, data, processes, progress):
     """All that the run needs to go on with any number of processes. The newest are kept."""
-    state = {
-        name: [group.whole(buffer).cpu() for buffer in group.state]
-        for name, group in groups.items()}
+    state = {}
+    for name, group in groups.items():
+        whole = [group.whole(buffer) for buffer in group.state]
+        state[name] = [buffer.cpu() for buffer in whole] if log.folder else None
     if log.folder:
         path = log.folder / f"checkpoint_{progress.step:07}.pt"
         save(path, contents(model, data, progress) | {"state": state})
@@ -2384,14 +2392,14 @@ def read_checkpoint(path, wanted=None):
                 return None
             if part := archive.testzip():
                 raise ValueError(f"{part} is damaged")
-        step, seconds, validated, loss, cursor = (saved[name] for name in Progress._fields)
-        progress = Progress(int(step), float(seconds), int(validated), float(loss), Cursor(*map(int, cursor)))
-        if not 0 <= saved["separator"] < saved["vocabulary"] <= 65_536:
-            raise ValueError("its vocabulary is impossible")
+        progress = Progress(int(saved["step"]), float(saved["seconds"]), float(saved["val_loss"]))
+        vocabulary, separator = int(saved["vocabulary"]), int(saved["separator"])
+        if not (0 <= progress.step <= config.steps and 0 <= separator < vocabulary <= 65_536):
+            raise ValueError("its step or vocabulary is impossible")
         facts = [numbers for part in saved["shards"].values() for numbers in part.values()]
         if any(type(number) is not int for numbers in facts for number in numbers):
             raise ValueError("its shards are strange")
-        return saved | {"path": str(path), "config": config, "progress": progress}
+        return saved | {"path": str(path), "config": config, "progress": progress, "vocabulary": vocabulary}
     except Exception as error:  # whatever reading and unpickling may raise
         raise UserError(
             f"cannot use {path} as a checkpoint of this train_gpt2.py: {error!r:.160}; "
@@ -2431,7 +2439,7 @@ def checkpoint_to_resume(config, data, processes):
     path = config.resume
     if path == "auto":
         found = newest(Path(config.out), config) if processes.rank == 0 else None
-        path = processes.all_gather(found["path"] if found else "none")[0]
+        path = processes.gather_values(found["path"] if found else "none")[0]
         if path == "none" and processes.rank == 0:
             say(f"no checkpoint of this recipe in {config.out}: starting at step 0")
     if path == "none":
@@ -2532,7 +2540,7 @@ class Reports:
 
     def send(self, step, batch, loss, received):
         """loss: () on the device, this process's part. received: no signal, or one."""
-        weights = sum(group.shard.sum(dtype=loss.dtype) for group in self.groups.values())
+        weights = sum(group.own.sum(dtype=loss.dtype) for group in self.groups.values())
         report = torch.stack((loss, weights, loss.new_full((), sum(received))))[None]
         reports = report.repeat(self.processes.world, 1)
         if self.processes.world > 1:
@@ -2549,7 +2557,7 @@ class Reports:
             if arrived:
                 arrived.synchronize()
             for _, rank in (~reports.T.isfinite()).nonzero().tolist():  # losses, then weights
-                shard, token = self.stream.place(self.processes.all_gather(positions)[rank][0])
+                shard, token = self.stream.locate(self.processes.gather_values(positions)[rank][0])
                 raise UserError(
                     f"the loss of step {step + 1}, or a weight after it, is not finite in process "
                     f"{rank}, whose rows begin in {shard.path} at token {token}{self.log.way_on()}")

@@ -275,7 +275,7 @@ def predicted_memory(config: Config, sizes: Sizes, world: int, stages: tuple = (
         parts["gradients"] += share * item.nbytes * (world + (world > 1))
         parts["optimizer"] += share * sum(tensor.nbytes // len(tensor) for tensor in state)
         if not is_adam:  # what products need; Adam's numbers are never in memory
-            update = max(update, 3 * share * item.numel() * group.wide.itemsize)
+            update = max(update, 3 * share * item.numel() * group.state_dtype.itemsize)
     stages = stages or [stage for stretch in stretches(config) for stage in stretch.stages]
     worst = max((stage_memory(config, sizes, world, stage) for stage in stages),
                 key=lambda needs: sum(needs.values()))

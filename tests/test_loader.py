@@ -15,8 +15,8 @@ from tools import ALONE, RECIPE, configuration, made_up_prefixes, random_documen
 
 import train_gpt2
 from train_gpt2 import (
-    PREFIXES, Batch, Config, Processes, TokenStream, UserError, open_data, open_shard, phase_at, prefetched,
-    read_tokens, row_shape, step_batches, step_rows, tokens_needed, tokens_until, training_row, validation_rows)
+    PREFIXES, Batch, Config, Processes, TokenStream, UserError, holds_run, open_data, open_shard, phase_at, prefetched,
+    read_tokens, row_shape, step_batches, step_rows, tokens_until, training_row, validation_rows)
 
 SEPARATOR = 256
 
@@ -108,7 +108,7 @@ def test_a_read_anywhere_equals_the_concatenation(tmp_path, seed):
     positions = [0, total - 1, total, 3 * total - 1, *draw.integers(0, 2 * total, 10)]
     positions += [max(0, border + k) for border in np.cumsum([*map(len, pieces)]) for k in (-1, 0, 1)]
     for position in map(int, positions):
-        shard, inside = stream.place(position)
+        shard, inside = stream.locate(position)
         assert read_tokens(shard, inside, 1) == tokens[position % total]
         for count in (0, 1, 2, int(draw.integers(1, 100)), int(draw.integers(1, 3 * total))):
             at = (position + np.arange(count)) % total
@@ -258,10 +258,10 @@ def lognormal_documents(seed: int, count: int = 4000, length: int = 30) -> np.nd
     return tokens
 
 
-def rows_of(stream, config, *place) -> list:
-    """All rows of the steps that are left, as plain values."""
+def rows_of(stream, config) -> list:
+    """All rows of a run by step, as plain values, and where the stream is read next."""
     return [([(row.tolist(), starts.tolist(), position) for row, starts, position in rows], after)
-            for rows, after in step_rows(stream, config, *place)]
+            for rows, after in step_rows(stream, config)]
 
 
 def tokens_of(stream, config) -> list:
@@ -281,26 +281,26 @@ def test_sizes_of_rows_change_in_the_middle_of_a_run_and_the_stream_starts_over(
                 wanted, wanted_starts, number = slow_row(documents, number, size, most)
                 assert row == wanted and starts == wanted_starts
             laps, inside = divmod(number - 1, len(documents))
-            assert after == (laps * stream.tokens + ends[inside], 0, 0)
+            assert after == laps * stream.tokens + ends[inside]
     assert number > 5 * len(documents)
 
 
 @pytest.mark.parametrize("changes", WAYS, ids=str)
-def test_rows_depend_neither_on_shards_nor_on_processes_nor_on_where_a_run_goes_on(tmp_path, changes):
+def test_rows_depend_neither_on_shards_nor_on_processes(tmp_path, changes):
     text, config, draw = lognormal_documents(2, 1500), recipe(tmp_path, **changes), np.random.default_rng(0)
     stream = TokenStream(write_shards(tmp_path / "1", [text]))
     steps, whole = rows_of(stream, config), list(step_batches(stream, config, ALONE))
     for count in (3, 40):  # shards of the same tokens
         cuts = np.sort(draw.choice(len(text) - 1, count - 1, replace=False)) + 1
         assert rows_of(TokenStream(write_shards(tmp_path / str(count), np.split(text, cuts))), config) == steps
-    for (rows, after), batch, (size, count, _) in zip(steps, whole, SIZES, strict=True):
+    for (rows, _), batch, (size, count, _) in zip(steps, whole, SIZES, strict=True):
         assert batch.inputs.shape == (count, size)
         assert [part.dtype for part in batch[:3]] == [torch.int32, torch.int64, torch.bool]
         tokens, starts, positions = zip(*rows, strict=True)
         assert batch.inputs.tolist() == [row[:-1] for row in tokens]
         assert batch.targets.tolist() == [row[1:] for row in tokens]
         assert batch.starts.tolist() == [row[:-1] for row in starts]
-        assert batch.positions == positions and batch.following == after
+        assert batch.positions == positions
         for row, position in zip(tokens, positions, strict=True):
             assert stream.read(position, 20)[0].tolist()[0] == row[0]
     for world in (2, 8):
@@ -310,9 +310,6 @@ def test_rows_depend_neither_on_shards_nor_on_processes_nor_on_where_a_run_goes_
                 assert torch.equal(torch.cat([share[part] for share in parts]), full)
                 assert all(len(share[part]) == 8 // world for share in parts)
             assert sum((share.positions for share in parts), ()) == batch.positions
-            assert {share.following for share in parts} == {batch.following}
-    for first in range(1, 12):  # from a checkpoint after this many steps
-        assert rows_of(stream, config, first, steps[first - 1][1]) == steps[first:]
     for first in (3, 6, 11):  # the warm-up draws from the start of the stream, in the sizes of the stage
         rows, _ = next(step_rows(stream, config, first))
         assert [len(row) - 1 for row, *_ in rows] == [SIZES[first][0]] * 8
@@ -323,12 +320,12 @@ def test_the_tokens_a_run_needs_are_exactly_those_it_reads(tmp_path, cap):
     tokens, config = lognormal_documents(4), recipe(tmp_path, document_tokens=cap)
     write_shard(tmp_path / "text_val_0.bin", random_documents(2000), 257, SEPARATOR)
     stream = TokenStream(write_shards(tmp_path, [tokens]))
-    needed, rows = tokens_needed(stream, config), tokens_of(stream, config)
+    needed, rows = rows_of(stream, config)[-1][1], tokens_of(stream, config)
     documents = documents_of(tokens[:needed])
     assert needed < stream.tokens and tokens[needed] == SEPARATOR
     write_shards(tmp_path, [tokens[:needed]])
     exact = open_data(config).train
-    assert exact.tokens == needed == tokens_needed(exact, config)
+    assert exact.tokens == needed and holds_run(exact, config)
     assert tokens_of(exact, config) == rows
     write_shards(tmp_path, [np.concatenate(documents[:-1])])
     with pytest.raises(UserError, match="--repeat"):
@@ -345,7 +342,7 @@ def test_continued_rows_need_the_tokens_of_all_steps_and_one_target(tmp_path):
     text = random_documents(needed)
     write_shards(tmp_path, [text])
     stream = open_data(config).train
-    assert tokens_needed(stream, config) == needed
+    assert holds_run(stream, config)
     assert np.array_equal(np.concatenate([row[1:] for row in tokens_of(stream, config)]), text[1:])
     write_shards(tmp_path, [text[:-1]])
     with pytest.raises(UserError, match="--repeat"):
@@ -399,6 +396,12 @@ def test_shuffled_rows_of_whole_documents_are_those_in_order(tmp_path, ends_with
     assert epochs[0] != epochs[1] != epochs[2] and epochs[0] != in_order
 
 
+def test_a_stream_without_a_whole_row_cannot_be_shuffled(tmp_path):
+    stream = TokenStream(write_shards(tmp_path, [random_documents(150)]))
+    with pytest.raises(UserError, match="--shuffle false"):
+        next(step_rows(stream, recipe(tmp_path, shuffle=True, document_tokens=1)))
+
+
 def test_a_new_size_of_rows_is_drawn_anew(tmp_path):
     config = recipe(tmp_path, shuffle=True, long_documents="continue", document_tokens=0, seed=5)
     stream, by_size = numbered_stream(tmp_path, 24 * 384 + 1), {size: [] for size, *_ in SIZES}
@@ -412,7 +415,7 @@ def test_a_new_size_of_rows_is_drawn_anew(tmp_path):
 
 
 def test_shuffled_rows_keep_to_the_longest_document_of_their_stage(tmp_path):
-    """Also where rows stay as long as they were, and after a checkpoint."""
+    """Also where rows stay as long as they were."""
     tokens = random_documents(3000, seed=6)
     stream, documents = TokenStream(write_shards(tmp_path, [tokens])), documents_of(tokens)
     number_at = {begin: number for number, begin in enumerate([0, *itertools.accumulate(map(len, documents))])}
@@ -421,8 +424,6 @@ def test_shuffled_rows_keep_to_the_longest_document_of_their_stage(tmp_path):
     for (rows, _), (*_, most) in zip(steps, SIZES, strict=True):
         for row, starts, position in rows:
             assert slow_row(documents, number_at[position], 128, {60: 20, 90: 50}[most])[:2] == (row, starts)
-    for first in range(1, 12):
-        assert rows_of(stream, config, first, steps[first - 1][1]) == steps[first:]
 
 
 # ---- validation and reading ahead -------------------------------------------------------------------------

@@ -124,7 +124,7 @@ def test_first_values(preset, bound, table):
             assert_uniform(part.mudd_in, 1 / 16)
         expected = [0] * 6 + [2, 2, 1.1**0.5, 1, 0, 0.05, 1.1**0.5, 1]
         for part, coefficients in ((first, expected), (last, [0, -0.5, 0, 0, 0])):
-            found = torch.cat(part(torch.randn(2, 3, 256)), -1)  # the same for every token
+            found = torch.cat(sum(part(torch.randn(2, 3, 256)), ()), -1)  # the same for every token
             assert torch.allclose(found, torch.tensor(coefficients).expand(2, 3, -1), rtol=1e-6)
     seen = {}
     for name, p in model.named_parameters():
@@ -189,8 +189,8 @@ def test_later_tokens_change_nothing_before_them(preset):
 def test_recomputing_visits_blocks_twice(recompute):
     """That the numbers stay the same is in test_optimizers."""
     model, visits, batch = small_model(spread=0.4, recompute=recompute), [], random_batch(2, 64)
-    sublayer = model.mlp_sublayer
-    model.mlp_sublayer = lambda *arguments: visits.append(1) or sublayer(*arguments)
+    sublayer = model.run_mlp
+    model.run_mlp = lambda *arguments: visits.append(1) or sublayer(*arguments)
     with torch.no_grad():
         loss_of(model, batch)
     assert len(visits) == 4  # without gradients nothing is recomputed

@@ -252,17 +252,17 @@ def test_slices_cover_everything_once_and_parameters_begin_on_sixteen_bytes(shap
     covered, numbers = 0, sum(math.prod(shape) for shape in shapes)
     for rank in range(3):
         parameters = parameters_of(*shapes, dtype=dtype)
-        group = Group("any", parameters, axes, host().config, Processes(rank, 3, ALONE.device))
-        covered = covered + F.one_hot(torch.arange(len(group.weights))[group.mine], len(group.weights)).sum(0)
+        group = Group("any", axes, parameters, host().config, Processes(rank, 3, ALONE.device))
+        covered = covered + F.one_hot(torch.arange(len(group.weights))[group.own_slice], len(group.weights)).sum(0)
         for parameter, value in zip(parameters, parameters_of(*shapes, dtype=dtype), strict=True):
             assert torch.equal(parameter, value) and (parameter.grad == 0).all()
             assert parameter.data_ptr() % 16 == parameter.grad.data_ptr() % 16 == 0
             parameter.data.fill_(1)
             parameter.sum().backward()  # adds to the gradient in place
         assert group.weights.dim() == 1 + axes and group.weights.sum() == group.gradients.sum() == numbers  # else 0
-        assert len(group.weights) == len(group.gradients) == 3 * len(group.shard) == 3 * len(group.shard_gradient)
-        group.shard.fill_(7)  # a view: updating the slice updates the parameters in it
-        assert (group.weights[group.mine] == 7).all() and (group.weights == 7).sum() == group.shard.numel()
+        assert len(group.weights) == len(group.gradients) == 3 * len(group.own) == 3 * len(group.own_gradient)
+        group.own.fill_(7)  # a view: updating the slice updates the parameters in it
+        assert (group.weights[group.own_slice] == 7).all() and (group.weights == 7).sum() == group.own.numel()
     assert (covered == 1).all()
 
 
@@ -291,9 +291,9 @@ def test_several_processes_together_are_one(world, kind, shape):
         alone.update(step)
         for group in several:
             group.gradients[:alone.length] = alone.gradients[:alone.length]
-            group.shard_gradient.copy_(group.gradients[group.mine])
+            group.own_gradient.copy_(group.gradients[group.own_slice])
             group.update(step)
-        joined = torch.cat([group.shard for group in several])
+        joined = torch.cat([group.own for group in several])
         torch.testing.assert_close(joined[:alone.length], alone.weights[:alone.length], rtol=1e-12, atol=1e-12)
         assert joined[alone.length:].abs().sum() == 0 and joined.isfinite().all()
     used = sum(parameter.numel() for parameter in alone.parameters)
@@ -342,7 +342,7 @@ def test_every_parameter_is_in_one_group_with_its_settings(preset):
     names = {id(p): name for name, p in model.named_parameters()}
     assert sorted(id(p) for group in groups.values() for p in group.parameters) == sorted(names)
     for group in groups.values():
-        for p, part in zip(group.parameters, group.parts, strict=True):
+        for p, part in zip(group.parameters, group.slices, strict=True):
             name = names[id(p)]
             assert isinstance(group, Muon) == by_muon(name)
             if by_muon(name):

@@ -94,17 +94,20 @@ def test_groups_are_reduced_in_the_backward_pass(corpus, tmp_path):
             assert set(waits) == set(reduced) and len(waits) == 2 * len(reduced)
 
 
-def test_warm_up_shares_stages_exchanges_nothing_and_puts_numbers_back(corpus, tmp_path):
-    """Process r alone compiles stage r; once all have, each runs all stages. Two steps are run of a stage."""
+def test_warm_up_shares_stages_and_puts_numbers_back(corpus, tmp_path):
+    """Process r compiles stage r by itself; once all have, they run all stages together, and exchange. Two steps
+    are run of a stage."""
     ends = together(tmp_path, 2, warm, *command(corpus, base=STAGES))
     assert all(end.status == 0 for end in ends), [end.err for end in ends]
     first, second = (json.loads(end.out) for end in ends)
     assert first["restored"] and second["restored"]
     steps, expected = [], [[0, 1, *range(8)], [2, 3, *range(8)]]
     for events in (first["events"], second["events"]):
-        border = [kind for kind, *_ in events].index("warm")
-        assert not any(kind == "exchange" for kind, *_ in events[:border])
-        assert any(kind == "exchange" for kind, *_ in events[border:])  # again after it
+        kinds = [kind for kind, *_ in events]
+        border, third = kinds.index("warm"), [i for i, kind in enumerate(kinds) if kind == "step"][2]
+        begin = events[third][1]
+        assert not any(kind == "exchange" and start < begin for kind, start, *_ in events)
+        assert "exchange" in kinds[:border] and "exchange" in kinds[border:]
         steps.append([event for event in events[:border] if event[0] == "step"])
     assert [[step for *_, step in of_process] for of_process in steps] == expected
     assert max(end for of_process in steps for _, _, end, _ in of_process[:2]) <= min(

@@ -511,7 +511,7 @@ def test_a_fresh_model_is_a_static_one(stream):
 def test_the_stream_begins_as_x0_itself(stream):
     model, _ = randomised()
     seen = []
-    for name in ("enter", "attention_sublayer", "leave"):
+    for name in ("run_entrance", "run_attention", "run_exit"):
         part = getattr(model, name)
         setattr(model, name, lambda block, *arguments, part=part: seen.append(arguments) or part(block, *arguments))
     model.loss(batch_of(rows_by_step(stream[0])[0]), phase_at(0, model.config))

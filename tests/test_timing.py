@@ -85,7 +85,7 @@ def test_weights_gradients_and_state_are_predicted_to_the_byte(preset, dtype, wo
     groups = optimizer_groups(model, Processes(1 % world, world, ALONE.device)).values()
     found = timing.predicted_memory(config, timing.model_sizes(config, 250), world)
     assert found["weights"] == sum(g.weights.nbytes for g in groups)
-    assert found["gradients"] == sum(g.gradients.nbytes + g.shard_gradient.nbytes * (world > 1) for g in groups)
+    assert found["gradients"] == sum(g.gradients.nbytes + g.own_gradient.nbytes * (world > 1) for g in groups)
     state = [t for g in groups for t in (*g.state, g.scale if isinstance(g, train_gpt2.Muon) else g.settings)]
     assert found["optimizer"] == sum(t.nbytes for t in state)
     assert found["tables"] == sum(b.nbytes for b in model.buffers())

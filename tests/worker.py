@@ -123,7 +123,7 @@ def train_many(jobs: str) -> None:
         except train_gpt2.UserError as error:
             print(f"refused: {error}", flush=True)
             continue
-        path, = processes.all_gather(str(run))[:1]
+        path, = processes.gather_values(str(run))[:1]
         model, saved = train_gpt2.load_model(Path(path, "model.pt"))
         stream, losses = train_gpt2.TokenStream(model.config.val_files), []
         for rows in (1, 3):
@@ -175,7 +175,7 @@ def spoil(wanted: int, what: str) -> None:
 
     def step_or_trouble(model, groups, batch, step):
         if step + 1 == wanted and what == "weight":
-            groups["mlp.late"].shard[0, 0, 0] = torch.nan  # in the slice that this process keeps
+            groups["mlp.late"].own[0, 0, 0] = torch.nan  # in the slice that this process keeps
         elif step + 1 == wanted and what == "loss":
             return train_step(model, groups, batch, step) * torch.nan
         elif step + 1 == wanted and what == "rows":  # as a defect of the hardware may do it
