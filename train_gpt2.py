@@ -20,7 +20,6 @@ described by a shape is a tensor; `config` is always a Config, `model` a GPT, `s
 
 import argparse
 import contextlib
-import dataclasses
 import difflib
 import fcntl
 import glob
@@ -42,7 +41,7 @@ import zipfile
 import zlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -89,7 +88,7 @@ def setting(default, text, low=0.0, high=1e18, choices=(), by_stage=False):
     lengths = range(1, STAGES + 2) if by_stage else range(1000)
     if many and kind is float and not by_stage:
         lengths = [len(default)]
-    return dataclasses.field(default=default, metadata={
+    return field(default=default, metadata={
         "text": text, "kind": kind, "many": many, "lengths": lengths, "low": low, "high": high,
         "choices": ("true", "false") if kind is bool else choices})
 
@@ -785,9 +784,9 @@ def rotary_tables(frequencies, positions, channels, dtype):
 
 
 def for_heads(table, tokens, heads, paired):
-    """Factors of all positions -> those of each token, (T, 1, K). In paired layers a token has two
-    positions, and head h has 2 t + h mod 2 (#58): (T, H, K). In the mask the first half of the heads
-    has 2 t, the other 2 t + 1: two orders, as in the record."""
+    """Factors of all positions -> those of each token, (T, 1, K). In paired layers, (T, H, K): head h of
+    token t turns as position 2 t + h mod 2. In the softmax it is position 2 t + (h >= H / 2): the
+    record (#58) has both orders."""
     if paired:
         return table[:2 * tokens].view(tokens, 2, -1).repeat(1, heads // 2, 1)
     return table[:tokens, None]
@@ -964,7 +963,9 @@ class Shared(NamedTuple):
 
 
 class Block(nn.Module):
-    """Attention and MLP. It does not keep its number, so that layers share compiled graphs."""
+    """Attention, then MLP: each makes of the stream x: residual x + output f(norm(x)). Attention then adds
+    `injected`, which Entrance has made of x0 and bigram (#73); with mixing by blocks x is residual x +
+    injected before it. A block does not keep its number, so that layers share compiled graphs."""
 
     def __init__(self, layer, config, dtype, draw):
         super().__init__()
@@ -1010,10 +1011,11 @@ class Block(nn.Module):
             layer in config.value_layers and config.value_gates and not dynamic))
 
     def attention_sublayer(self, x, shared, mask, injected, skip, source, embedding, first_value):
-        """x (R, T, D) is the stream; injected, skip, source (which attention reads in place of the
-        stream) and embedding (of values) have its shape or are None; first_value: layer 0's values, (R,
-        T, H, K). Returns the stream; own values, if `gives_values`; in MUDD's layer, the MLP's weights of
-        the stream and of its output, (R, T, 1) each."""
+        """x (R, T, D): the stream. mask: of `attention`. These have the stream's shape or are None: injected,
+        which is added to it; skip, an earlier layer's output; source, which attention reads in its
+        place; embedding, of values. first_value (R, T, H, K): layer 0's values, or None. Returns the
+        stream; own values, if `gives_values`; in MUDD's layer, the MLP's weights of the stream and of its
+        output, (R, T, 1) each."""
         residual = output = value = of_mlp = None
         if skip is not None:
             x = x + self.skip_share(shared.x0, x.dtype) * skip
@@ -1068,8 +1070,8 @@ class Block(nn.Module):
         return mixed(x, hidden @ down, residual, output)
 
     def attend(self, x, shared, mask, added, first_value):
-        """What attention adds to the stream, (R, T, D), and this layer's own values, (R, T, H, K).
-        added: to the values."""
+        """What attention adds to the stream, (R, T, D), and this layer's own values, (R, T, H, K), before
+        anything is added. added (R, T, H, K) or None: to the values."""
         rows, tokens, width = x.shape
         qkv_weight = torch.cat((self.qk.view(-1, width), self.vo[0])).to(x.dtype)
         out_weight = self.vo[1].to(x.dtype)
@@ -1091,7 +1093,7 @@ class Block(nn.Module):
             value = value + added
         if self.key_offset:
             key = offset_keys(key, self.turning)
-        # Paired (#58): heads h and h + H / 2 of a token are two positions of one head.
+        # Paired (#58): heads h and h + H / 2 of token t are positions 2 t and 2 t + 1 of one head.
         shape = (rows, 2 * tokens, self.heads // 2, -1) if self.paired else value.shape
         parts = (part.reshape(shape).transpose(1, 2) for part in (query, key, value))
         out = attention(*parts, mask).transpose(1, 2).reshape(value.shape)
@@ -1191,10 +1193,10 @@ class GPT(nn.Module):
         self.run_entrance, self.run_attention, self.run_mlp, self.run_exit = (  # called with the module
             compiled_if(compiled, part) for part in (
                 Entrance.forward, Block.attention_sublayer, Block.mlp_sublayer, Exit.forward))
-        self.quantised, self.chunk_losses = (
+        self.run_quantised, self.run_losses = (
             compiled_if(compiled, part) for part in (quantised, chunk_losses))
         # Tile sizes are autotuned: 2.2 ms for 2.5 of an H100.
-        self.chunk_gradient = compiled_if(compiled, chunk_gradient, coordinate_descent_tuning=True)
+        self.run_gradient = compiled_if(compiled, chunk_gradient, coordinate_descent_tuning=True)
         if compiled:  # kinds of layers, times stages, with and without gradients
             torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 4096
         padded, width, tied = -(-vocabulary // 64) * 64, config.width, config.tied_until > 0
@@ -1368,24 +1370,26 @@ class ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, head, targets, weights, model, with_gradient):
         config, dtype, float8 = model.config, hidden.dtype, model.float8 and with_gradient
-        narrow, by_hidden, by_head = head.to(dtype), [], None
         if float8:
-            narrow, transposed = model.quantised(head, HEAD_UNIT, torch.float8_e4m3fn)
+            narrow, transposed = model.run_quantised(head, HEAD_UNIT, torch.float8_e4m3fn)
+        else:
+            narrow = head.to(dtype)
+        by_hidden, by_head = [], None
         total, next_token = torch.zeros((2,), dtype=wide(dtype), device=hidden.device)
         chunks = zip(hidden.split(config.loss_chunk), targets.split(config.loss_chunk), strict=True)
         for chunk, wanted in chunks:
             z = gradient = transposed_gradient = None  # the memory of the chunk before is free for this one
             if float8:  # all three products
-                chunk, chunk_transposed = model.quantised(chunk, HIDDEN_UNIT, torch.float8_e4m3fn)
+                chunk, chunk_transposed = model.run_quantised(chunk, HIDDEN_UNIT, torch.float8_e4m3fn)
                 z = float8_product(chunk, narrow, HIDDEN_UNIT * HEAD_UNIT, dtype, fast=True)
             else:
                 z = chunk @ narrow.mT
-            loss, next_loss, normaliser = model.chunk_losses(z, wanted, weights, config.softcap)
+            loss, next_loss, normaliser = model.run_losses(z, wanted, weights, config.softcap)
             total += loss
             next_token += next_loss
             if not with_gradient:
                 continue
-            gradient, transposed_gradient = model.chunk_gradient(
+            gradient, transposed_gradient = model.run_gradient(
                 z, normaliser, wanted, weights, config.softcap, float8)
             if float8:
                 by_hidden.append(float8_product(gradient, transposed, GRADIENT_UNIT * HEAD_UNIT, dtype))
@@ -1449,7 +1453,11 @@ class Group:
         self.own_gradient = self.gradients if self.world == 1 else torch.zeros_like(self.own)
         self.state_dtype = wide(self.own.dtype)
         self.state, self.pending, self.work = [], set(), None  # state: buffers of this slice
-        self.exchanges = self.world > 1  # not in the warm-up
+        self.exchanges = self.world > 1  # not where processes warm up by themselves
+        self.every, self.after = 1, -1  # updates are due in every so many-th step after this one
+
+    def is_due(self, step):
+        return step > self.after and (step + 1) % self.every == 0
 
     def per_unit(self, values, *shape):
         """A value of this shape for each parameter, or for each of its units -> one for each unit of this
@@ -1606,9 +1614,6 @@ class Muon(Group):
             self.state.append(torch.zeros_like(self.own, dtype=torch.int16))
         self.scale = self.per_unit(scales)[:, None, None]
 
-    def is_due(self, step):
-        return True
-
     def update(self, step):
         config, (average, mean_square, low_bits) = self.config, (*self.state, None)[:3]
         rate = self.as_tensor(config.muon_lr * learning_rate_factor(step, config))
@@ -1618,20 +1623,17 @@ class Muon(Group):
 
 
 class Adam(Group):
-    """Tables, by row, or gates and scalars. State: mean and mean square of the gradients."""
+    """Tables, by row, or gates and scalars. State: mean and mean square of the gradients. Gradients of a
+    last step that is not due go unused, as in the record."""
 
     def __init__(self, name, axes, parameters, settings, model, processes):
         """settings: rate, beta1, beta2, decay of each parameter."""
         super().__init__(name, axes, parameters, model.config, processes)
         self.settings = self.per_unit(settings, 4)
+        self.every = model.config.adam_every  # with the gradients of as many steps (#39)
         self.after = last_tied_step(model.config) if name == "embedding" else -1
         self.kernel = compiled_if(model.compiled, adam_update)
         self.state = [torch.zeros_like(self.own, dtype=self.state_dtype) for _ in range(2)]
-
-    def is_due(self, step):
-        """In every `adam_every`-th step, with the gradients since the last one (#39); the embedding only
-        once it is untied."""
-        return step > self.after and (step + 1) % self.config.adam_every == 0
 
     def update(self, step):
         factor = self.as_tensor(learning_rate_factor(step, self.config))
@@ -2485,7 +2487,7 @@ class Clock:
 
     processes: Processes
     seconds: float
-    began: float = dataclasses.field(default_factory=time.perf_counter)
+    began: float = field(default_factory=time.perf_counter)
 
     def now(self):
         return self.seconds + time.perf_counter() - self.began
@@ -2536,7 +2538,7 @@ class Reports:
     log: RunLog
     clock: Clock
     signal: int = 0
-    unread: deque = dataclasses.field(default_factory=deque)
+    unread: deque = field(default_factory=deque)
 
     def send(self, step, batch, loss, received):
         """loss: () on the device, this process's part. received: no signal, or one."""

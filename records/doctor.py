@@ -136,8 +136,9 @@ def float8_head(config, gpus):
     targets = torch.randint(-1, 1024, (512, 1), generator=draw).to(device)
     for float8 in (False, True):
         model = SimpleNamespace(float8=float8, config=config, **{
-            name: train_gpt2.compiled_if(gpus > 0, getattr(train_gpt2, name))
-            for name in ("quantised", "chunk_losses", "chunk_gradient")})
+            name: train_gpt2.compiled_if(gpus > 0, function) for name, function in (
+                ("run_quantised", train_gpt2.quantised), ("run_losses", train_gpt2.chunk_losses),
+                ("run_gradient", train_gpt2.chunk_gradient))})
         leaves = [part.clone().requires_grad_() for part in (hidden, head)]
         loss, _ = train_gpt2.ChunkedLoss.apply(*leaves, targets, [torch.ones(())], model, True)
         loss.backward()

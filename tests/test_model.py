@@ -217,8 +217,8 @@ def operands(tokens=41, width=6, vocabulary=11, dtype=torch.float64, columns=1):
 
 def chunked(hidden, head, targets, weights=(1.0,), chunk=10, cap=CAPS["record 62"], with_gradient=True, float8=False):
     """Both losses. Of the model only what the loss reads."""
-    model = SimpleNamespace(config=Config(loss_chunk=chunk, softcap=cap), float8=float8, quantised=quantised,
-                            chunk_losses=chunk_losses, chunk_gradient=chunk_gradient)
+    model = SimpleNamespace(config=Config(loss_chunk=chunk, softcap=cap), float8=float8, run_quantised=quantised,
+                            run_losses=chunk_losses, run_gradient=chunk_gradient)
     weights = [torch.tensor(weight, dtype=wide(hidden.dtype)) for weight in weights]
     return ChunkedLoss.apply(hidden, head, targets, weights, model, with_gradient)
 
