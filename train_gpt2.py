@@ -327,20 +327,20 @@ def value_at(values, stage):
 
 
 def stage_borders(config):
-    """The first steps of stages 1 and 2, and of the extension, which is the end of the schedule. Stages
-    are equal parts of it (#46)."""
+    """The first step of each stage, of the extension, where the schedule ends, and the end of the run.
+    Stages are equal parts of the schedule (#46)."""
     scheduled = config.steps - round(config.extension * config.steps)
-    return [round(scheduled * part / STAGES) for part in range(1, STAGES + 1)]
+    return [*(round(scheduled * part / STAGES) for part in range(STAGES + 1)), config.steps]
 
 
 def stage_of(step, config):
     """0, 1, 2, or 3 in the extension. The last validation belongs to the last step's stage."""
-    return sum(min(step, config.steps - 1) >= border for border in stage_borders(config))
+    return sum(min(step, config.steps - 1) >= border for border in stage_borders(config)[1:-1])
 
 
 def tokens_until(step, config):
     """Training tokens of the steps before this one."""
-    borders = [0, *stage_borders(config), config.steps]
+    borders = stage_borders(config)
     lengths = [max(0, min(step, end) - begin) for begin, end in zip(borders, borders[1:], strict=False)]
     return sum(n * value_at(config.tokens_per_step, stage) for stage, n in enumerate(lengths))
 
@@ -348,7 +348,7 @@ def tokens_until(step, config):
 def learning_rate_factor(step, config):
     """Factor on all learning rates: a level by stage (#46), then linear to the floor at the end of the
     schedule (#19)."""
-    level, end = value_at(config.rate_levels, stage_of(step, config)), stage_borders(config)[-1]
+    level, end = value_at(config.rate_levels, stage_of(step, config)), stage_borders(config)[STAGES]
     begin = int(round((1 - config.cooldown) * end, 6))
     left = min(1.0, max(0, end - step) / max(1, end - begin)) if config.cooldown else 1.0
     return level * left + config.rate_floor * (1 - left)
@@ -372,7 +372,7 @@ def windows_at(step, config):
 
 def stage_left(step, config):
     """The share of its stage that is still ahead: 1 in a stage's first step."""
-    stage, borders = stage_of(step, config), [0, *stage_borders(config), config.steps]
+    stage, borders = stage_of(step, config), stage_borders(config)
     return (borders[stage + 1] - step) / max(1, borders[stage + 1] - borders[stage])
 
 
@@ -395,7 +395,7 @@ def last_tied_step(config):
     """The last step in which embedding and head are one table (#53): one where Adam updates. -1: none."""
     if not config.tied_until:
         return -1
-    last = math.ceil(round(config.tied_until * stage_borders(config)[-1], 6))
+    last = math.ceil(round(config.tied_until * stage_borders(config)[STAGES], 6))
     return last + (-last - 1) % config.adam_every
 
 
@@ -1190,15 +1190,6 @@ class GPT(nn.Module):
         super().__init__()
         self.config, self.vocabulary = config, vocabulary
         self.dtype, self.float8, self.compiled = getattr(torch, config.dtype), float8, compiled
-        self.run_entrance, self.run_attention, self.run_mlp, self.run_exit = (  # called with the module
-            compiled_if(compiled, part) for part in (
-                Entrance.forward, Block.attention_sublayer, Block.mlp_sublayer, Exit.forward))
-        self.run_quantised, self.run_losses = (
-            compiled_if(compiled, part) for part in (quantised, chunk_losses))
-        # Tile sizes are autotuned: 2.2 ms for 2.5 of an H100.
-        self.run_gradient = compiled_if(compiled, chunk_gradient, coordinate_descent_tuning=True)
-        if compiled:  # kinds of layers, times stages, with and without gradients
-            torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 4096
         padded, width, tied = -(-vocabulary // 64) * 64, config.width, config.tied_until > 0
         draw = torch.Generator().manual_seed(config.seed)
         table = torch.randn(padded, width, generator=draw) * (EMBEDDING_INIT if tied else 1)
@@ -1222,6 +1213,16 @@ class GPT(nn.Module):
         if prefixes is not None:  # of target -1, which finds the last one: none
             prefixes = F.pad(torch.as_tensor(prefixes, dtype=torch.int64), (0, 1), value=-1)
         self.register_buffer("prefixes", prefixes, persistent=False)
+
+        self.run_entrance, self.run_attention, self.run_mlp, self.run_exit = (  # called with the module
+            compiled_if(compiled, part) for part in (
+                Entrance.forward, Block.attention_sublayer, Block.mlp_sublayer, Exit.forward))
+        self.run_quantised, self.run_losses = (
+            compiled_if(compiled, part) for part in (quantised, chunk_losses))
+        # Tile sizes are autotuned: 2.2 ms for 2.5 of an H100.
+        self.run_gradient = compiled_if(compiled, chunk_gradient, coordinate_descent_tuning=True)
+        if compiled:  # kinds of layers, times stages, with and without gradients
+            torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 4096
 
     def run_block(self, block, x, *others):
         """A layer: the stream, and the layer's own values or None. others: as of attention_sublayer."""
@@ -1779,7 +1780,7 @@ def warm_up(model, groups, data, processes):
             train_step(model, groups, batch, step)
             validate(model, data.val, 1, step, alone)
 
-    borders = [0, *stage_borders(config)]
+    borders = stage_borders(config)[:-1]
     for border in borders[local:local + 1] if processes.world > 1 else ():
         run_stage(border)
     processes.barrier()

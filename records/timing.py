@@ -105,7 +105,7 @@ class Stretch(NamedTuple):
 
 def stretches(config: Config) -> list[Stretch]:
     """The run in order. Stages without a step are left out."""
-    found, last, borders = [], None, [0, *train_gpt2.stage_borders(config), config.steps]
+    found, last, borders = [], None, train_gpt2.stage_borders(config)
     for stage, (begin, end) in enumerate(itertools.pairwise(borders)):
         windows = train_gpt2.windows_at(begin, config)[:2 if config.short_layers else 1]
         kind = (value_at(config.tokens_per_step, stage), train_gpt2.row_shape(stage, config), windows,

@@ -215,7 +215,7 @@ def reference_losses(states, head, targets, cap, weights, prefixes, prefix_weigh
 
 def assert_agrees(model: GPT, stage: int, tied: bool | None = None, tokens: int = 40) -> dict:
     """Hidden states, losses and gradients over two rows in the first step of a stage. Returns gradients."""
-    step = [0, *stage_borders(model.config)][stage]
+    step = stage_borders(model.config)[stage]
     phase, batch = phase_at(step, model.config), random_batch(2, tokens, seed=stage)
     weights = (1.0, 0.5, 0.2, 0.1)[:len(phase.token_weights)]  # at the start of a stage none is near 0
     phase = phase._replace(token_weights=weights, tied=phase.tied if tied is None else tied)
