@@ -1010,12 +1010,12 @@ class Block(nn.Module):
         self.value_gate = scalar(config.heads, gate_size, used=(
             layer in config.value_layers and config.value_gates and not dynamic))
 
-    def attention_sublayer(self, x, shared, mask, injected, skip, source, embedding, first_value):
-        """x (R, T, D): the stream. mask: of `attention`. These have the stream's shape or are None: injected,
-        which is added to it; skip, an earlier layer's output; source, which attention reads in its
-        place; embedding, of values. first_value (R, T, H, K): layer 0's values, or None. Returns the
-        stream; own values, if `gives_values`; in MUDD's layer, the MLP's weights of the stream and of its
-        output, (R, T, 1) each."""
+    def attention_sublayer(self, x, shared, mask, injected, skip, source, value_embedding, first_value):
+        """x (R, T, D): the stream. mask: for `attention`. Of the stream's shape, or None: injected, which is
+        added to it; skip, an earlier layer's output; source, which attention reads in its place;
+        value_embedding. first_value (R, T, H, K): layer 0's values, or None. Returns the stream; own
+        values, if `gives_values`; in MUDD's layer, the MLP's weights of the stream and of its output,
+        (R, T, 1) each."""
         residual = output = value = of_mlp = None
         if skip is not None:
             x = x + self.skip_share(shared.x0, x.dtype) * skip
@@ -1024,7 +1024,7 @@ class Block(nn.Module):
         elif self.residual is not None:  # mixed once, before the block
             x, injected = self.residual * x + injected, None
         normed = rms_norm(x if source is None else source, self.epsilon)
-        added = self.added_to_values(normed, embedding)
+        added = self.added_to_values(normed, value_embedding)
         if self.mudd is not None:  # MUDD: all these weights depend on the token
             (of_values, of_stream, of_halves, (residual, output), (of_x0, of_bigram),
              of_mlp) = self.mudd(x)
@@ -1049,15 +1049,15 @@ class Block(nn.Module):
             return self.skip_mix
         return (2 * self.skip_mix.sigmoid() * gate(x0, self.skip_gate)).to(dtype)[..., None]
 
-    def added_to_values(self, normed, embedding):
+    def added_to_values(self, normed, value_embedding):
         """The token's value embedding, by head (R, T, H, K), or None (#14). Gates see both (#55, #70)."""
-        if embedding is None:
+        if value_embedding is None:
             return None
-        by_head = embedding.unflatten(-1, (self.heads, -1))
+        by_head = value_embedding.unflatten(-1, (self.heads, -1))
         if self.value_gate is None:
             return by_head
         half = self.value_gate.shape[-1] // 2
-        seen = torch.cat((normed[..., :half], embedding[..., :half]), dim=-1)
+        seen = torch.cat((normed[..., :half], value_embedding[..., :half]), dim=-1)
         return 2 * gate(seen, self.value_gate)[..., None] * by_head
 
     def mlp_sublayer(self, x, weights):
@@ -1252,12 +1252,12 @@ class GPT(nn.Module):
         shared = Shared(x0, bigram, *factors, self.scales[phase.stage])
         x, source, first_value, first_embedding, outputs = x0, None, None, None, {}
         for i, block in enumerate(self.blocks):
-            mask, embedding, before = masks.get((block.short, block.paired)), None, x
+            mask, value_embedding, before = masks.get((block.short, block.paired)), None, x
             if i in self.table_of:
-                embedding = TableRows.apply(self.value_tables[self.table_of[i]], inputs, by_row)
-                first_embedding = embedding if first_embedding is None else first_embedding
+                value_embedding = TableRows.apply(self.value_tables[self.table_of[i]], inputs, by_row)
+                first_embedding = value_embedding if first_embedding is None else first_embedding
             x, value = run(block, x, shared, mask, injected.pop(i, None), outputs.get(skips.get(i)),
-                           source, embedding, first_value)
+                           source, value_embedding, first_value)
             if i in skips.values():
                 outputs[i] = x
             if i in config.attention_source:  # (#77)
@@ -1336,8 +1336,8 @@ def softcap(z, cap, unit=1.0):
 
 def chunk_losses(z, targets, weights, cap):
     """(n, V), (n, k), k weights () -> weighted loss and loss of the next token, in nats; log2 of the sum of
-    exponentials (n, 1), in bits. A target of -1 is none. cap: of `softcap`. It is compiled apart from the gradient: in one graph the compiler
-    makes one kernel of both, whose transposed copy is slow."""
+    exponentials (n, 1), in bits. A target of -1 is none. cap: of `softcap`. It is compiled apart from the
+    gradient: in one graph the compiler makes one kernel of both, whose transposed copy is slow."""
     logits = softcap(z.to(wide(z.dtype)), cap, BIT)[0]
     bounded = 0 < cap[0] <= 60  # no exponential overflows: the maximum need not be known first
     highest = 0 if bounded else logits.amax(-1, keepdim=True)
@@ -1769,7 +1769,7 @@ def warm_up(model, groups, data, processes):
     begin, config, device = time.perf_counter(), model.config, processes.device
     alone, local = Processes(0, 1, device), int(os.environ.get("LOCAL_RANK", "0"))
     torch.compiler.set_stance("default")
-    kept = [(tensor, tensor.to("cpu", copy=True))  # off the GPU, whose peak is logged
+    backup = [(tensor, tensor.to("cpu", copy=True))  # off the GPU, whose peak is logged
             for group in groups.values() for tensor in (group.weights, group.gradients, *group.state)]
     for group in groups.values():
         group.exchanges = False
@@ -1789,7 +1789,7 @@ def warm_up(model, groups, data, processes):
     for border in borders:
         run_stage(border)
     validate(model, data.val, 1, config.steps, alone)
-    for tensor, original in kept:
+    for tensor, original in backup:
         tensor.copy_(original)
     processes.barrier()
     torch.compiler.set_stance("fail_on_recompile")
