@@ -595,7 +595,7 @@ def training_row(stream, position, shape, config):
 
 
 def shuffled_rows(stream, config, shape, epoch):
-    """Where each whole row of the stream begins, in the order of an epoch. Raises UserError: there is none."""
+    """Where each whole row of the stream begins, in the order of an epoch."""
     if config.long_documents == "continue":
         positions = range(0, stream.tokens - shape[0], shape[0])
     else:
@@ -604,9 +604,6 @@ def shuffled_rows(stream, config, shape, epoch):
             begin, following = following, training_row(stream, following, shape, config)[-1]
             if following <= stream.tokens:  # else it runs on beyond the end
                 positions.append(begin)
-    if not positions:
-        raise UserError(f"{stream.pattern} has no whole row of {shape[0]} tokens to shuffle; make more, or "
-                        "give a shorter --row-tokens, or --shuffle false")
     return np.random.default_rng((config.seed, epoch)).permutation(positions).tolist()
 
 
@@ -1830,10 +1827,16 @@ def open_data(config):
             raise UserError(f"{stream.pattern} has {stream.tokens} tokens, expected {least} or more; make "
                             f"more: {shard_command(stream.pattern)}")
     if not config.repeat and not holds_run(train, config):
-        raise UserError(f"{train.pattern} has {train.tokens:,} tokens, the run trains on "
-                        f"{tokens_until(config.steps, config):,}, besides what it cuts off; make more "
-                        f"({shard_command(train.pattern)}), or give --repeat true, fewer --steps, or "
-                        "--long-documents continue")
+        cut = config.long_documents == "drop"
+        raise UserError(f"{train.pattern} has {train.tokens:,} tokens, the run reads "
+                        f"{tokens_until(config.steps, config) + 1:,}{' and what it cuts off' * cut}; make more "
+                        f"({shard_command(train.pattern)}), or give --repeat true, or fewer --steps"
+                        + ", or --long-documents continue" * cut)
+    for stage in range(STAGES + 1) if config.shuffle else ():  # the first row is the first to end
+        if training_row(train, 0, row_shape(stage, config), config)[-1] > train.tokens:
+            raise UserError(f"{train.pattern} has no whole row of {row_shape(stage, config)[0]} tokens to "
+                            f"shuffle; make more ({shard_command(train.pattern)}), or give a shorter "
+                            "--row-tokens, or --shuffle false")
     found, prefixes = {"train": train.fingerprints(), "val": val.fingerprints()}, None
     if config.prefix_weight:
         prefixes = read_prefixes(train)
@@ -2361,14 +2364,15 @@ def save_checkpoint(log, model, groups, data, processes, progress):
         path = log.folder / f"checkpoint_{progress.step:07}.pt"
         save(path, contents(model, data, progress) | {"state": state})
         log.checkpoint = path
-        for older in checkpoints(log.folder)[:-model.config.keep]:
+        others = [other for other in checkpoints(log.folder) if other != path]
+        for older in others[::-1][model.config.keep - 1:]:
             older.unlink()
     processes.barrier()
 
 
 def checkpoints(folder):
     """Those of a run, oldest first."""
-    return sorted(folder.glob("checkpoint_*.pt"))
+    return sorted(folder.glob(f"checkpoint_{7 * '[0-9]'}.pt"))
 
 
 def read_checkpoint(path, wanted=None):
@@ -2420,10 +2424,9 @@ def identity(config, shards=()):
 def newest(place, recipe=None):
     """What `read_checkpoint` gives for a file, or for the newest whole file of a run folder, where a
     model is newer than checkpoints. With a Config: for the newest of its recipe in a folder of runs,
-    or None. Raises UserError where there are files, and none can be read."""
-    names = re.compile(r"(model|checkpoint_\d+)\.pt")
-    paths = [path for path in place.glob("*/*" if recipe else "*") if names.fullmatch(path.name)]
-    errors = []
+    or None. Raises UserError where there are files, and none of them is one that it can take."""
+    folders, errors = place.glob("*") if recipe else [place], []
+    paths = [path for folder in folders for path in (*checkpoints(folder), *folder.glob("model.pt"))]
     for path in sorted(paths, reverse=True) or ([] if recipe else [place]):
         try:
             if saved := read_checkpoint(path, recipe):
@@ -2453,8 +2456,8 @@ def checkpoint_to_resume(config, data, processes):
         if theirs.get(name) != ours.get(name):
             raise UserError(
                 f"{path} was trained with {name:.80} {theirs.get(name)!s:.80}, not "
-                f"{ours.get(name)!s:.80}; it goes on with its own recipe and shards: give those, "
-                "or --resume none")
+                f"{ours.get(name)!s:.80}, or by another version of this script; it goes on with its own "
+                "recipe and shards: give those, or --resume none")
     return saved
 
 
@@ -2509,12 +2512,14 @@ def caught_signals():
     received, alone = [], "TORCHELASTIC_RUN_ID" not in os.environ
 
     def note(number, _frame):
-        if received and alone:
-            os._exit(128 + number)
+        if received:
+            if alone and number != signal.SIGXCPU:  # which comes every second
+                os._exit(128 + number)
+            return
+        received.append(number)
         if alone:
             with contextlib.suppress(OSError):  # print() must not be called within print()
                 os.write(sys.stderr.fileno(), b"\nstopping after this step; a second signal ends at once\n")
-        received[:] = received or [number]
 
     # The last three are how clusters warn. What nohup ignores stays ignored.
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP,

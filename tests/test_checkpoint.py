@@ -71,6 +71,15 @@ def test_going_on_is_equal_to_the_bit(corpus, finished, copy, step):
     assert (copy / "log.txt").read_text().count("def train_step") == 1
 
 
+def test_only_older_checkpoints_of_the_run_are_removed(copy):
+    """Not what a user has put beside them, and not the one just written, though a later one is there."""
+    mine = shutil.copy(copy / "checkpoint_0000002.pt", copy / "checkpoint_best.pt")
+    for path in checkpoints(copy)[1:-2]:
+        path.unlink()
+    main(["--resume", str(copy / "checkpoint_0000002.pt"), "--keep", "1", "--save-every", "8"])
+    assert [path.name for path in checkpoints(copy)] == ["checkpoint_0000008.pt"] and Path(mine).exists()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("settings", [STAGES, SHUFFLED], ids=["stages", "shuffled"])
 def test_going_on_after_every_step(corpus, tmp_path, settings):

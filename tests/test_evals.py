@@ -226,7 +226,7 @@ def test_a_folder_stands_for_its_model_or_newest_whole_checkpoint_or_newest_run(
     old, new = tmp_path / "20260101-000000-ffff", tmp_path / "20260102-000000-0000"
     for folder in (old, new, tmp_path / "compile_cache"):
         folder.mkdir()
-    for path in (old / "model.pt", new / "checkpoint_0002.pt", new / "checkpoint_0004.pt", new / "model.pt"):
+    for path in (old / "model.pt", new / "checkpoint_0000002.pt", new / "checkpoint_0000004.pt", new / "model.pt"):
         checkpoint(path)
     expected = [*sorted(new.iterdir(), reverse=True), old / "model.pt"]
     for path in expected[:-1]:

@@ -396,10 +396,14 @@ def test_shuffled_rows_of_whole_documents_are_those_in_order(tmp_path, ends_with
     assert epochs[0] != epochs[1] != epochs[2] and epochs[0] != in_order
 
 
-def test_a_stream_without_a_whole_row_cannot_be_shuffled(tmp_path):
-    stream = TokenStream(write_shards(tmp_path, [random_documents(150)]))
-    with pytest.raises(UserError, match="--shuffle false"):
-        next(step_rows(stream, recipe(tmp_path, shuffle=True, document_tokens=1)))
+def test_a_stream_without_a_whole_row_of_any_stage_cannot_be_shuffled(tmp_path):
+    write_shards(tmp_path, [random_documents(1500, length=300)])
+    write_shard(tmp_path / "text_val_0.bin", random_documents(2000), 257, SEPARATOR)
+    config = recipe(tmp_path, shuffle=True, repeat=True, document_tokens=60)
+    shape = row_shape(2, config)
+    assert training_row(TokenStream(config.train_files), 0, row_shape(0, config), config)[-1] <= 1500
+    with pytest.raises(UserError, match=f"no whole row of {shape[0]}"):
+        open_data(config)
 
 
 def test_a_new_size_of_rows_is_drawn_anew(tmp_path):
