@@ -92,7 +92,8 @@ def test_weights_gradients_and_state_are_predicted_to_the_byte(preset, dtype, wo
 
 
 @pytest.mark.parametrize(("preset", "recompute"), [
-    ("five-minute", True), *(pytest.param(preset, False, marks=pytest.mark.slow) for preset in ("gpt2", "five-minute"))])
+    ("five-minute", True),
+    *(pytest.param(preset, False, marks=pytest.mark.slow) for preset in ("gpt2", "five-minute"))])
 def test_compiled_activations_are_predicted_within_a_twentieth(preset, recompute, monkeypatch):
     """The GPU's partitioner decides what is kept, and works here as well; FlexAttention's backward does
     not, so SDPA stands in for it, but for the numbers that it makes of masks."""
