@@ -69,12 +69,13 @@ check)
     exec python records/check.py "$@" ;;
 doctor | "" | --*) ;;
 *)
-    echo "run.sh: unknown command $1; expected test, check, doctor, or options of train_gpt2.py (./run.sh --help)" >&2
+    echo "run.sh: unknown command $1; expected test, check, doctor, or options of train_gpt2.py (./run.sh --help);" \
+        "for a sample: python evals/sample.py logs" >&2
     exit 2 ;;
 esac
 
 preset="" files="" resume="" device="" option="" words=()
-for word in "$@"; do  # each is an option, its value, or option=value; relative files are meant from where the user stands
+for word in "$@"; do  # an option, its value, or option=value; relative files are meant from where the user stands
     if [[ "$word" == --* ]]; then option=${word%%=*}; fi
     text=${word#--*=}
     case "$option $text" in

@@ -102,7 +102,7 @@ class Recipe:
     """What decides the numbers of a run, up to rounding: a checkpoint keeps to it. The defaults are gpt2:
     records 1 to 83 and 88, without kernels of their own."""
 
-    preset: str = setting("gpt2", "the recipe that other settings start from")
+    preset: str = setting("gpt2", "gpt2, five-minute, tiny, gpt2-medium or gpt2-xl: where settings start")
     steps: int = setting(1375, "updates in all; schedules stretch with them", 1)
     seed: int = setting(0, "of the first weights and of the shuffle", 0, 2**63 - 1)
     # data
@@ -466,7 +466,8 @@ def damaged(path, problem):
 def open_shard(path):
     """Compare the header with the file. Raises UserError."""
     if not os.path.isfile(path):
-        raise damaged(path, "is not a regular file")
+        raise UserError(f"{path} is not a regular file; shards are given by a pattern in quotes, such as "
+                        "--train-files 'data/mine/text_train_*.bin'")
     header = np.zeros(HEADER_BYTES // 4, "<i4")
     with open(path, "rb") as file:
         file.readinto(header)
@@ -1894,7 +1895,7 @@ def train(config, processes):
     if saved and "state" not in saved:  # so that a job that is repeated until it is done ends
         if processes.rank > 0:
             return None
-        say(f"this run is finished: {saved['path']}; --resume none starts anew")
+        say(f"this run is finished: {saved['path']}; --resume none starts anew, or give another --out")
         return Path(saved["path"]).parent
     with RunLog(config, processes, saved) as log:
         log.line("\n".join([environment(processes), json.dumps(asdict(config)),
@@ -1910,8 +1911,10 @@ def train(config, processes):
                  f"{config.dtype}" + ", head in float8" * float8)
         size, tokens = check_disk(config, groups, processes), tokens_until(config.steps, config)
         matrices = model.head.numel() + sum(p.numel() for p in model.blocks.parameters())
-        log.line(f"about {6 * matrices * tokens:.1e} FLOP, of which a CPU core does 2e+10 a second, and "
-                 f"{size / 2**30:.1f} GiB of weights, gradients and optimizer state, besides activations")
+        flop = 6 * matrices * tokens  # of which a CPU core does 20 billion a second
+        minutes = f" ({flop / 2e10 / os.cpu_count() / 60:,.0f} minutes here)" * (device.type == "cpu")
+        log.line(f"about {flop:.1e} FLOP{minutes}, and {size / 2**20:,.0f} MiB of weights, gradients and "
+                 "optimizer state, besides activations")
         if data.val_tokens < config.val_tokens:
             log.line(f"notice: {data.val.pattern} has {data.val_tokens:,} targets only; all are used")
         if saved:
@@ -2036,9 +2039,10 @@ def parse_command_line(arguments):
     given = vars(given)
     values = base_values(given)
     without = given.pop("without")
+    there = [name for name, t in TECHNIQUES.items() if not t.neutral.items() <= values.items()]
     for name in without:
-        if name not in TECHNIQUES or TECHNIQUES[name].neutral.items() <= values.items():
-            raise UserError(f"--without {name}: there is no such technique in this recipe{HELP}")
+        if name not in there:
+            raise UserError(f"--without {name}: this recipe has only {', '.join(there)}")
     values = turned_off(values, without)
     if "train_files" in given:
         beside = re.sub("train(?=[^/]*$)", "val", given["train_files"])
@@ -2050,6 +2054,8 @@ def parse_command_line(arguments):
 
 def nearest(word):
     """What an unknown option may mean, for its message."""
+    if not word.startswith("-"):
+        return "; patterns of files take quotes"
     name = word.partition("=")[0].strip("-").replace("-", "_")
     for near in difflib.get_close_matches(name, [*ELSEWHERE, *vars(Config())], 1, 0.8):
         return f"; is {flag(ELSEWHERE.get(near, near))} meant?"
@@ -2091,7 +2097,7 @@ def check_config(config):
         ("rotary_share", turning and channels % turning, "of channels that divide a head's"),
         ("softcap", config.softcap[0] < 0 or config.softcap[0] and config.softcap[1] <= 0,
          "of h from 0 and r above 0"),
-        ("val_files", config.val_files == config.train_files, "given too: other shards than --train-files"),
+        ("val_files", config.val_files == config.train_files, "other shards than --train-files: give both"),
         ("out", config.out != config.out.encode(errors="ignore").decode(), "a name in UTF-8")]
     for name in ("short_layers", "paired_layers", "attention_free", "value_layers", "xsa_layers",
                  "gated_skip", "attention_source"):
@@ -2150,6 +2156,8 @@ class Processes(NamedTuple):
 def start_processes(config):
     """Join the others where torchrun started several processes. Raises UserError."""
     device, host, environ = torch.device("cpu"), None, os.environ
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no GPU here; give --device cpu")
     try:
         rank, world = int(environ.get("RANK", "0")), int(environ.get("WORLD_SIZE", "1"))
         if not 0 <= rank < world:
@@ -2379,9 +2387,11 @@ def read_checkpoint(path, wanted=None):
     """A file of `save` as a dictionary, with its path and a Config; its tensors are memory-mapped.
     None if it is not of the wanted Config's recipe. Raises UserError for any other file."""
     options = Config.__dataclass_fields__
+    if not os.path.exists(path):
+        raise UserError(f"there is no {path}")
     try:
         if not os.path.isfile(path):
-            raise ValueError("there is no such regular file")
+            raise ValueError("it is not a regular file")
         with zipfile.ZipFile(path) as archive:
             if any(part.compress_type for part in archive.infolist()):
                 raise ValueError("it is compressed, which torch.save never does")
@@ -2450,7 +2460,9 @@ def checkpoint_to_resume(config, data, processes):
             say(f"no checkpoint of this recipe in {config.out}: starting at step 0")
     if path == "none":
         return None
-    saved = read_checkpoint(path)
+    saved, model = read_checkpoint(path), Path(path).with_name("model.pt")
+    if model.exists() and model.parent.parent == Path(config.out) and config.resume != "auto":
+        saved = read_checkpoint(model)  # training again would overwrite it
     theirs, ours = identity(saved["config"], saved["shards"]), identity(config, data.fingerprints)
     for name in theirs | ours:
         if theirs.get(name) != ours.get(name):

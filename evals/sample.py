@@ -11,6 +11,7 @@ the length of the text. Draws are made on the CPU: a seed means the same on any 
 import argparse
 import codecs
 import contextlib
+import os
 import signal
 import sys
 import time
@@ -18,6 +19,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch: on a busy machine waiting threads leave the processor
 import torch
 import torch.nn.functional as F
 from torch import Tensor

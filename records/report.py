@@ -313,6 +313,7 @@ def compare(options: argparse.Namespace) -> int:
           f"paired by seed: {', '.join(map(str, seeds[0]))}" if paired else "not paired: Welch's intervals")
     warn({"no validations: training losses of single batches are compared": not both[0].val,
           "the numbers of steps differ, so do schedules at equal tokens": len({run.planned for run in both}) > 1,
+          "the shards differ: neither losses nor times compare": len({run.shards for run in both if run.shards}) > 1,
           "the machines differ: their times do not compare": len({run.hardware for run in both}) > 1,
           "some runs are not finished": not all(run.finished for run in both)})
     axis = "tokens" if all(point.tokens is not None for run in both for point in run.points) else "step"
@@ -444,7 +445,8 @@ STYLES = ("-", "--", ":", "-.")
 
 
 def run_lines(runs: list[Run]) -> list[tuple[list[Point], dict]]:
-    """(points, how they are drawn): colour by recipe, style by seed."""
+    """(points, how they are drawn): colour by recipe, style by seed. Few validations make no line: of such a run
+    training losses are drawn."""
     lines, recipes = [], []
     for run in runs:
         settings = [(name, value) for name, value in run.config.items() if name not in NOT_RECIPE]
@@ -452,7 +454,9 @@ def run_lines(runs: list[Run]) -> list[tuple[list[Point], dict]]:
         number, place = recipes.index(recipes[-1]), recipes.count(recipes[-1]) - 1
         label = f"{run.config.get('preset')}, {run.planned} steps, seed {run.seed}" if run.config else run.name[-40:]
         label += f" ({run.name[-40:]})" * (label in [look["label"] for _, look in lines])
-        lines.append((run.points, {"label": label, "color": f"C{number % 10}", "linestyle": STYLES[place % 4],
+        few = len(run.val) < 4 and len(run.train) > len(run.val)
+        label += ", training" * few
+        lines.append((run.train if few else run.points, {"label": label, "color": f"C{number % 10}", "linestyle": STYLES[place % 4],
                                    "marker": "os^vD"[place % 5], "markersize": 3}))
     return lines
 

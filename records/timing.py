@@ -604,6 +604,13 @@ def main(arguments: list[str] | None = None) -> dict | None:
     if options.fit or options.gpu_memory or options.memory_only == "true":
         return predict(config, options)
     processes = train_gpt2.start_processes(config)
+    if processes.device.type == "cpu":
+        ready, *_ = train_gpt2.for_device(config, processes)
+        need = needed_memory(ready, model_sizes(ready, vocabulary_of(ready)[0]), processes.world)
+        has = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        if need > has:
+            raise UserError(f"--preset {config.preset} needs about {need / GIB:.0f} GiB, this machine has "
+                            f"{has / GIB:.0f}; here --preset tiny, or a GPU (--memory-only true predicts it)")
     try:
         with open(options.json or os.devnull, "a", encoding="utf-8"):  # before anything is computed
             figures = measure(config, options, processes, (lambda _: None) if processes.rank else print)

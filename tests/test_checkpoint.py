@@ -71,6 +71,17 @@ def test_going_on_is_equal_to_the_bit(corpus, finished, copy, step):
     assert (copy / "log.txt").read_text().count("def train_step") == 1
 
 
+def test_a_finished_run_is_not_overwritten(copy, finished, tmp_path, capsys):
+    """Not from one of its checkpoints, whose command may be in the shell's history; but elsewhere it may go on."""
+    shutil.copy(finished / "model.pt", copy)
+    before = (copy / "model.pt").stat().st_mtime_ns
+    main(["--resume", str(copy / "checkpoint_0000010.pt")])
+    assert "finished" in capsys.readouterr().out and (copy / "model.pt").stat().st_mtime_ns == before
+    main(["--resume", str(copy / "checkpoint_0000010.pt"), "--out", str(tmp_path / "elsewhere")])
+    ours, theirs = weights(only_run(tmp_path / "elsewhere")), weights(finished)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
 def test_only_older_checkpoints_of_the_run_are_removed(copy):
     """Not what a user has put beside them, and not the one just written, though a later one is there."""
     mine = shutil.copy(copy / "checkpoint_0000002.pt", copy / "checkpoint_best.pt")
@@ -102,6 +113,7 @@ def test_a_shuffled_run_goes_on_in_its_order(corpus, tmp_path):
 def test_another_number_of_processes_goes_on(copy, finished, tmp_path):
     """Four steps of one process, four of two, the last four of one."""
     for world, step in ((2, 4), (1, 8)):
+        (copy / "model.pt").unlink(missing_ok=True)  # else the run is finished
         ends = together(tmp_path / str(step), world, train, "--resume", copy / f"checkpoint_{step:07}.pt")
         assert all(end.status == 0 for end in ends), ends[0].err
         assert losses(copy) == pytest.approx(losses(finished), rel=1e-9)

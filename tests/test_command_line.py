@@ -85,12 +85,15 @@ def test_unknown_options():
     assert "--window" in refusal("--wndow", "3") and "--row-tokens" in refusal("--row_tokens=3")
     assert "meant" not in refusal("--zzz", "3") and "meant" not in refusal("train.py")
     assert "--steps" in refusal("--steps")  # without a value
+    assert "quotes" in refusal("--train-files", "a_0.bin", "a_1.bin")  # a pattern that the shell has spelled out
 
 
 def test_validation_shards_stand_beside_training_shards(tmp_path):
     config = parse_command_line(["--train-files", f"{tmp_path}/train/my_train_*.bin"])
     assert config.val_files == f"{tmp_path}/train/my_val_*.bin"
     assert "--val-files" in refusal("--train-files", f"{tmp_path}/mine_*.bin")
+    with pytest.raises(UserError, match="quotes"):
+        train_gpt2.TokenStream(str(tmp_path))
 
 
 def run(*arguments, **options):
@@ -235,4 +238,4 @@ def test_spelled():
 def test_a_home_folder_is_meant_by_its_sign(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert parse_command_line(["--out", "~/logs"]).out == str(tmp_path / "logs")
-    assert "cannot use" in refusal("--resume", "~/none") and str(tmp_path) in refusal("--resume", "~/none")
+    assert "there is no" in refusal("--resume", "~/none") and str(tmp_path) in refusal("--resume", "~/none")
