@@ -517,11 +517,11 @@ class TokenStream:
         self.tokens = int(self.first[-1])
 
     def fingerprints(self):
-        """Of each shard, to know it again: its header, and a checksum of 64 pieces of 16,384 tokens:
-        all of it, up to a million."""
+        """Of each shard, to know it again: its header, and a checksum of 64 pieces of 1,024 tokens; of one
+        of up to a million tokens, of all."""
         found = {}
         for number, shard in enumerate(self.shards):
-            size, checksum = min(16_384, shard.tokens), 0
+            size, checksum = 1024 if shard.tokens > 2**20 else -(-shard.tokens // 64), 0
             for start in np.linspace(0, shard.tokens - size, 64).astype(int).tolist():
                 checksum = zlib.crc32(read_tokens(shard, start, size), checksum)
             found[f"{number}: {Path(shard.path).name}"] = [*shard[1:], checksum]
@@ -610,8 +610,8 @@ def shuffled_rows(stream, config, shape, epoch):
 
 def step_rows(stream, config, first=0):
     """Yield the (tokens, starts, position) of each row of a step, and the position after them, for the steps
-    from `first` on. Shuffled, an epoch deals out all rows of one shape; a stage with another shape
-    begins a new one."""
+    from `first` on, which the warm-up tries; the stream is read from its start. Shuffled, an epoch
+    deals out all rows of one shape; a stage with another shape begins a new one."""
     position, epoch, left, shape = 0, 0, [], None
     for step in range(first, config.steps):
         stage, rows = stage_of(step, config), []
@@ -938,7 +938,7 @@ class Exit(nn.Module):
     def __init__(self, config, dtype, draw):
         super().__init__()
         self.epsilon = config.rms_epsilon
-        initial = (0.0, -0.5, 0.0, 0.0, 0.0),  # of the streams that forward() takes
+        initial = ((0.0, -0.5, 0.0, 0.0, 0.0),)  # of the streams that forward() takes
         self.mudd = Mudd(initial, config, dtype, draw) if config.mudd else None
 
     def forward(self, x, streams):
@@ -1543,7 +1543,8 @@ def orthogonalise(update, kind, dtype):
 
 
 def averaged_axis(matrices):
-    """What NorMuon's mean squares average over: rows; in matrices wider than tall, columns (#80)."""
+    """The axis over which NorMuon takes mean squares: one for each row; if wider than tall, for each
+    column (#80)."""
     return -1 if matrices.shape[-2] >= matrices.shape[-1] else -2
 
 
