@@ -583,7 +583,7 @@ def training_row(stream, position, shape, config):
     span = count + count // 2 if drops else count
     while True:  # until what was read holds a row and the start of the document after it
         tokens, starts = stream.read(position, span)
-        index = np.arange(span)
+        index = np.arange(span, dtype=np.int32)
         offset = index - np.maximum.accumulate(index * starts)  # of each token in its document
         if not drops:  # the last target is the next row's first input
             return tokens, starts | (offset % longest == 0), position + count - 1
