@@ -361,6 +361,8 @@ def test_hellaswag_refuses_what_it_cannot_score(tmp_path, monkeypatch):
     for option, value in (("--limit", -1), ("--batch", 0)):
         assert f"{option} {value}" in refused(hellaswag.main, path, option, value)
     assert "--file" in refused(lambda _: hellaswag.read_items(tmp_path / "none.jsonl"))
+    os.mkfifo(tmp_path / "pipe")
+    assert "--file" in refused(lambda _: hellaswag.read_items(tmp_path / "pipe"))
     line = json.dumps(good)
     for bad in ({"endings": ["a", "b", "c"]}, {"label": 4}, {"label": ""}, {"label": True}, {"ctx": None},
                 {"endings": "abcd"}, {"endings": [1, 2, 3, 4]}, {"ctx": "\ud800"},

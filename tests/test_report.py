@@ -1,6 +1,7 @@
 """Reading logs, ours and public ones; is it a record, which set is better, is a run on track; the picture."""
 
 import json
+import os
 import math
 import subprocess
 import sys
@@ -149,8 +150,19 @@ def test_a_closed_pipe_and_an_ascii_terminal_leave_the_verdict(tmp_path):
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdout.close()
     assert process.stderr.read() == b"" and process.wait() == 0
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1  # neither a yes nor a no
     command[2:] = ["compare", folder, folder]
     assert rb"na\xefve" in subprocess.check_output(command, env={"PYTHONIOENCODING": "ascii"})
+
+
+def test_seeds_of_several_kinds_and_a_pipe_beside_the_log(tmp_path, capsys):
+    for name, seed in (("a", "x"), ("b", 0), ("c", None)):
+        write_run(tmp_path / name, {10: 4.0, 20: 3.0}, seed=seed)
+    (tmp_path / "a" / "metrics.jsonl").unlink(missing_ok=True)
+    os.mkfifo(tmp_path / "a" / "metrics.jsonl")
+    assert say(capsys, "compare", tmp_path, tmp_path)[0] == 0
 
 
 def test_show_has_a_line_for_each_run_and_the_settings_that_differ(tmp_path, capsys):
