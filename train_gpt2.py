@@ -1903,19 +1903,8 @@ def train(config, processes):
                             f"shards {json.dumps(data.fingerprints)}"]), show=False)
         model = GPT(config, data.train.vocabulary, data.prefixes, float8, compiled).to(device)
         groups, progress = optimizer_groups(model, processes), Progress()
-        for group in groups.values():
-            log.line(f"{group.name:14} {sum(p.numel() for p in group.parameters):13,} parameters, "
-                     f"{type(group).__name__}, {group.weights.dtype}")
-        log.line(f"{'all':14} {sum(p.numel() for p in model.parameters()):13,} parameters")
-        log.line(f"{config.preset}: {config.steps} steps of {spelled(config.tokens_per_step)} tokens in "
-                 f"rows of {spelled(config.row_tokens)}; {processes.world} process(es) on {device.type}, "
-                 f"{config.dtype}" + ", head in float8" * float8)
-        size, tokens = check_disk(config, groups, processes), tokens_until(config.steps, config)
-        matrices = model.head.numel() + sum(p.numel() for p in model.blocks.parameters())
-        flop = 6 * matrices * tokens  # of which a CPU core does 20 billion a second
-        minutes = f" ({flop / 2e10 / os.cpu_count() / 60:,.0f} minutes here)" * (device.type == "cpu")
-        log.line(f"about {flop:.1e} FLOP{minutes}, and {size / 2**20:,.0f} MiB of weights, gradients and "
-                 "optimizer state, besides activations")
+        describe(model, groups, processes, log)
+        check_disk(config, groups, processes)
         if data.val_tokens < config.val_tokens:
             log.line(f"notice: {data.val.pattern} has {data.val_tokens:,} targets only; all are used")
         if saved:
@@ -1931,8 +1920,9 @@ def train(config, processes):
             if log.folder:
                 save_somewhere(log, contents(model, data, progress))
         processes.barrier()
+        pace = tokens_until(config.steps, config) / progress.seconds
         log.line(f"final val_loss {progress.val_loss:.4f} nats per token, training time "
-                 f"{progress.seconds:.2f} s, {tokens / progress.seconds:,.0f} tokens/s, peak memory "
+                 f"{progress.seconds:.2f} s, {pace:,.0f} tokens/s, peak memory "
                  f"{peak_memory(processes):,.0f} MiB; all of it in {log.folder}")
         if log.folder:
             say(f"a sample of it: python evals/sample.py {shlex.quote(str(log.folder))}")
@@ -2306,6 +2296,29 @@ def environment(processes):
     return text
 
 
+def describe(model, groups, processes, log):
+    """What will be trained, and what it takes, before anything takes long."""
+    config, size = model.config, 0
+    for group in groups.values():
+        size += sum(part.nbytes for part in (group.weights, group.gradients, *group.state))
+        log.line(
+            f"{group.name:14} {sum(p.numel() for p in group.parameters):13,} parameters, "
+            f"{type(group).__name__}, {group.weights.dtype}")
+    log.line(f"{'all':14} {sum(p.numel() for p in model.parameters()):13,} parameters")
+    log.line(
+        f"{config.preset}: {config.steps} steps of {spelled(config.tokens_per_step)} tokens in "
+        f"rows of {spelled(config.row_tokens)}; {processes.world} process(es) on "
+        f"{processes.device.type}, {config.dtype}" + ", head in float8" * model.float8)
+    matrices = model.head.numel() + sum(p.numel() for p in model.blocks.parameters())
+    flop = 6 * matrices * tokens_until(config.steps, config)
+    minutes = ""
+    if processes.device.type == "cpu":  # a core does about 20 billion a second
+        minutes = f" ({flop / 2e10 / os.cpu_count() / 60:,.0f} minutes here)"
+    log.line(
+        f"about {flop:.1e} FLOP{minutes}, and {size / 2**20:,.0f} MiB of weights, gradients and "
+        "optimizer state, besides activations")
+
+
 def peak_memory(processes):
     """Most memory of this process so far, in MiB: allocated on the GPU, or resident on the CPU."""
     if processes.device.type == "cuda":
@@ -2332,14 +2345,13 @@ def save(path, saved):
 
 
 def check_disk(config, groups, processes):
-    """Raises UserError where --out has no room for the checkpoints and the model. Returns the size of one."""
+    """Raises UserError where --out has no room for the checkpoints and the model."""
     size = 12 * sum(group.weights.numel() for group in groups.values())  # bytes, about
     needed = size * (config.keep + 1 if config.save_every else 1)
     if processes.rank == 0 and shutil.disk_usage(config.out).free < needed:
         raise UserError(
             f"{config.out} has no room for {needed / 2**30:.1f} GiB of checkpoints; "
             "make room, or give another --out")
-    return size
 
 
 def save_somewhere(log, saved):

@@ -456,8 +456,9 @@ def run_lines(runs: list[Run]) -> list[tuple[list[Point], dict]]:
         label += f" ({run.name[-40:]})" * (label in [look["label"] for _, look in lines])
         few = len(run.val) < 4 and len(run.train) > len(run.val)
         label += ", training" * few
-        lines.append((run.train if few else run.points, {"label": label, "color": f"C{number % 10}", "linestyle": STYLES[place % 4],
-                                   "marker": "os^vD"[place % 5], "markersize": 3}))
+        look = {"label": label, "color": f"C{number % 10}", "linestyle": STYLES[place % 4],
+                "marker": "os^vD"[place % 5], "markersize": 3}
+        lines.append((run.train if few else run.points, look))
     return lines
 
 
