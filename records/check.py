@@ -27,7 +27,6 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parent / "data")]
 from text import BYTES, write_shard  # noqa: E402
 
-import train_gpt2  # noqa: E402
 from train_gpt2 import Config, Processes, preset_values, train  # noqa: E402
 
 STORED, BAND = HERE / "check.json", 0.005  # nats; another order of additions moves a loss by about 0.0001
@@ -85,7 +84,7 @@ def measure(config: Config) -> list[float]:
 
 
 def main() -> None:
-    parser = train_gpt2.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--store", action="store_true", help="write the losses of this machine instead")
     store = parser.parse_args().store
     with contextlib.redirect_stdout(io.StringIO()):  # what the runs say
