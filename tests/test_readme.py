@@ -130,3 +130,18 @@ def test_run_sh_says_what_it_does_and_passes_arguments_on(copy):
 def test_other_ways_to_call_run_sh(copy, arguments, status, expected):
     done = call(f"{copy}/run.sh {arguments}", copy)
     assert done.returncode == status and expected in done.stdout + done.stderr
+
+
+def test_threads_that_wait_give_way_where_another_program_runs(copy, tmp_path):
+    """run.sh looks for one before python starts; here python only says what it would have used."""
+    stub = tmp_path / "python"
+    stub.write_text('#!/bin/bash\n[[ "$1" == - ]] || echo "spins ${GOMP_SPINCOUNT:-as it likes}"\n')
+    stub.chmod(0o755)
+    other = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        done = call(f"PATH={tmp_path}:$PATH; ./run.sh check", copy)
+        assert "spins 1000" in done.stdout
+        assert "spins 77" in call(f"PATH={tmp_path}:$PATH; GOMP_SPINCOUNT=77 ./run.sh check", copy).stdout
+    finally:
+        other.kill()
+        other.wait()
