@@ -15,8 +15,8 @@ say() { printf '\033[1m==> %s\033[0m\n' "$*"; }
 if [[ "${1:-}" == -h || "${1:-}" == --help ]]; then
     sed -n '2,/^set/s/^# \{0,1\}//p' run.sh
     [[ -n "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" || ! -d .venv ]] || source .venv/bin/activate
-    python -c 'import torch' 2>/dev/null && exec python train_gpt2.py --help
-    echo "All settings, once ./run.sh has installed what they need: python train_gpt2.py --help"
+    python train_gpt2.py --help 2>/dev/null ||
+        echo "All settings, once ./run.sh has installed what they need: python train_gpt2.py --help"
     exit
 fi
 
@@ -42,10 +42,11 @@ for line in open(sys.argv[1]):
         sys.exit(1)
 PYTHON
     say "installing $1"
-    python -m pip install --quiet --disable-pip-version-check -r "$1"
+    python -m pip install --quiet --disable-pip-version-check --no-compile -r "$1"
+    PYTHONDONTWRITEBYTECODE="" python -c "import $2"  # compiles what is used; pip would compile all: half a minute
 }
 
-install requirements.txt
+install requirements.txt "train_gpt2, torch._inductor.compile_fx"
 # Threads that wait for others spin, which is fastest on a quiet machine; where other programs run, they give way.
 busy=0
 for _ in {1..5}; do
@@ -57,7 +58,7 @@ if [[ "${1:-}" == test || $busy -ge 3 ]]; then export GOMP_SPINCOUNT=${GOMP_SPIN
 case "${1:-}" in
 test)
     shift
-    install requirements-dev.txt
+    install requirements-dev.txt "pytest, hypothesis, matplotlib.pyplot, scipy.stats"
     say "running the tests"
     [[ $# -eq 0 ]] || exec python -m pytest "$@"
     starting=(tests/test_{checkpoint,processes,command_line,data_scripts}.py)  # much of their time is waiting

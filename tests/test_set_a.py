@@ -21,7 +21,7 @@ HEADS, WIDTH = 6, 48  # heads of 8 channels, of which 4 turn
 SITES = (0, 1, 2, 3, 4, 5, 7, 8, 9)  # layers with weights for x0 and the bigram
 PAIRED, LONG, XSA, TABLES = (0, 2, 5, 9), (3, 10), (1, 3, 4, 7, 8, 10), {1: 0, 2: 1, 8: 2, 9: 3, 10: 4}
 SHORT_WINDOWS, LONG_WINDOWS = (12, 30, 50, 60), (40, 70, 110, 130)  # by stage, of the small run
-DOCUMENTS, ROWS, STEP_TOKENS = (40, 90, 90, 90), (128, 256, 384, 384), (256, 512, 768, 768)
+DOCUMENTS, ROWS, STEP_TOKENS = (40, 90, 90, 90), (128, 256, 256, 256), (256, 512, 512, 512)
 SETTINGS = dict(
     preset="gpt2", heads=HEADS, width=WIDTH, steps=20, extension=3 / 20, momentum_warmup=6 / 20,
     momentum_cooldown=4 / 20, window=LONG_WINDOWS, window_short=SHORT_WINDOWS, document_tokens=DOCUMENTS[:2],
