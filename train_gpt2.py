@@ -80,21 +80,27 @@ class UserError(SystemExit):
 STAGES = 3  # equal parts of the schedule; the extension after them is one more
 
 
-def setting(default, text, low=0.0, high=1e18, choices=(), by_stage=False):
-    """A field of Config, and what the command line takes for it. by_stage: 1 to 4 numbers, the last one
-    repeats. Other lists of whole numbers have any length, other lists of numbers the default's."""
-    many = type(default) is tuple
-    kind = type(default[0] if many else default)
-    lengths = range(1, STAGES + 2) if by_stage else range(1000)
-    if many and kind is float and not by_stage:
-        lengths = [len(default)]
-    return field(default=default, metadata={
-        "text": text, "kind": kind, "many": many, "lengths": lengths, "low": low, "high": high,
-        "choices": ("true", "false") if kind is bool else choices})
+class Kind(NamedTuple):
+    """What the command line takes for a setting: one of the choices, or a number within the bounds, or as
+    many numbers as `lengths` allows. The comment beside a setting is its help."""
+
+    of: type
+    low: float = 0
+    high: float = 1e18
+    lengths: range | None = None
+    choices: tuple[str, ...] = ()
 
 
-Ints, Floats = tuple[int, ...], tuple[float, ...]
-ADAM = "Adam's rate, beta1, beta2, decay: "
+def one_of(*choices):
+    return Kind(str, choices=choices)
+
+
+BY_STAGE = range(1, STAGES + 2)  # values; the last one repeats
+Text, Flag, Number, Whole = Kind(str), Kind(bool, choices=("true", "false")), Kind(float), Kind(int)
+Count, Share, Decay = Kind(int, 1), Kind(float, 0, 1), Kind(float, 0, 0.9999)
+ByStage, Factors = Kind(int, 1, 2**24, BY_STAGE), Kind(float, 0, 1e6, BY_STAGE)
+Layers, Cap = Kind(int, 0, 1000, range(1000)), Kind(float, -1e6, 1e6, range(3, 4))
+AdamRates = Kind(float, 0, 0.9999, range(4, 5))  # rate, beta1, beta2, decay
 
 
 @dataclass(frozen=True)
@@ -102,219 +108,201 @@ class Recipe:
     """What decides the numbers of a run, up to rounding: a checkpoint keeps to it. The defaults are gpt2:
     records 1 to 83 and 88, without kernels of their own."""
 
-    preset: str = setting("gpt2", "gpt2, five-minute, tiny, gpt2-medium or gpt2-xl: where settings start")
-    steps: int = setting(1375, "updates in all; schedules stretch with them", 1)
-    seed: int = setting(0, "of the first weights and of the shuffle", 0, 2**63 - 1)
+    preset: Text = "gpt2"  # gpt2, five-minute, tiny, gpt2-medium or gpt2-xl: where settings start
+    steps: Count = 1375  # updates in all; schedules stretch with them
+    seed: Kind(int, 0, 2**63 - 1) = 0  # of the first weights and of the shuffle
     # data
-    repeat: bool = setting(False, "start over when the training shards are used up")
-    shuffle: bool = setting(False, "take rows from all over the shards, each once per epoch")
-    long_documents: str = setting("drop", "the rest of a document that is cut",
-                                  choices=("drop", "continue"))
-    document_tokens: Ints = setting((896, 2048), "longest document; 0: to the row's end", by_stage=True)
-    tokens_per_step: Ints = setting((131_072, 262_144, 393_216), "batch of an update", 1, by_stage=True)
-    row_tokens: Ints = setting((16_384, 32_768, 49_152), "length of a row", 1, 2**24, by_stage=True)
-    extension: float = setting(10 / 1375, "share of the steps after the schedule, at the floor", 0, 0.9)
-    val_every: int = setting(250, "updates between validations; 0: the first and the last")
-    val_tokens: int = setting(10_485_760, "validation tokens, always the first ones", 1)
-    val_row_tokens: int = setting(262_144, "length of a row in validation", 1, 2**24)
+    repeat: Flag = False  # start over when the training shards are used up
+    shuffle: Flag = False  # take rows from all over the shards, each once per epoch
+    long_documents: one_of("drop", "continue") = "drop"  # the rest of a document that is cut
+    document_tokens: Kind(int, 0, 2**24, BY_STAGE) = (896, 2048)  # longest document; 0: to the row's end
+    tokens_per_step: ByStage = (131_072, 262_144, 393_216)  # batch of an update
+    row_tokens: ByStage = (16_384, 32_768, 49_152)  # length of a row
+    extension: Kind(float, 0, 0.9) = 10 / 1375  # share of the steps after the schedule, at the floor
+    val_every: Whole = 250  # updates between validations; 0: the first and the last
+    val_tokens: Count = 10_485_760  # validation tokens, always the first ones
+    val_row_tokens: Kind(int, 1, 2**24) = 262_144  # length of a row in validation
     # model
-    layers: int = setting(11, "blocks", 1, 1000)
-    heads: int = setting(6, "attention heads", 1)
-    width: int = setting(768, "channels of the residual stream", 2, 2**20)
-    window: Ints = setting((384, 896, 1408, 1664), "tokens a query looks back", 1, by_stage=True)
-    window_short: Ints = setting((128, 384, 640, 768), "the same in short layers", 1, by_stage=True)
-    window_final: int = setting(2560, "window of the last validation; 0: as in training")
-    short_layers: Ints = setting((0, 1, 2, 4, 5, 7, 8, 9), "layers with the short window")
-    paired_layers: Ints = setting((0, 2, 5, 9), "layers whose heads attend in pairs")
-    attention_free: Ints = setting((6,), "layers that are an MLP only")
-    attention_source: Ints = setting((7,), "layer whose output all later ones attend from")
-    xsa_layers: Ints = setting((1, 3, 4, 7, 8, 10), "layers whose heads leave out their own value")
-    qk_norm: bool = setting(True, "normalise queries and keys")
-    attention_scale: float = setting(0.1, "first softmax scale; 0: 1 / sqrt(K)")
-    rotary_base: float = setting(1024 ** (32 / 31), "slowest rotary wavelength / 2 pi", 1)
-    rotary_share: float = setting(0.5, "share of the channels that rotary turns", 0, 1)
-    yarn: int = setting(3, "window changes that rotary and the softmax scale follow")
-    key_offset: bool = setting(True, "long, unpaired layers: still key channels from the token before")
-    attention_gates: bool = setting(True, "each head can close itself")
-    attention_mix: bool = setting(True, "learned scalars on attention's matrices")
-    value_layers: Ints = setting((1, 2, 8, 9, 10), "layers that add a token embedding to values")
-    value_gates: bool = setting(True, "each head weighs its value embedding")
-    value_residual: bool = setting(False, "each layer mixes layer 0's values into its own")
-    bigram: int = setting(15, "rows of the bigram table / vocabulary; 0: none")
-    bigram_width: int = setting(192, "channels of the bigram table", 1)
-    bigram_signs: int = setting(8192, "rows of fixed signs on bigrams; 0: none")
-    smear: bool = setting(True, "each embedding takes up some of the one before")
-    mixing: str = setting("sublayers", "where weights mix stream and embedding",
-                          choices=("sublayers", "blocks", "none"))
-    residual_init: float = setting(1.1**0.5, "first weight of the stream in that mixture")
-    mudd: bool = setting(True, "the last layer and the head mix streams token by token")
-    gated_skip: Ints = setting((3, 6), "FROM,TO: that output is added, gated, before that layer")
-    unet_skips: bool = setting(False, "the first half's outputs go to the second half, mirrored")
-    rms_epsilon: float = setting(2.0**-23, "added to the mean square before its root")
-    softcap: Floats = setting((11.5, 15.0, 5.0), "h,r,s: h tanh((z + s) / r); h = 0: off", -1e6, 1e6)
-    predicted_tokens: int = setting(3, "tokens predicted ahead in stage 0, then one less each", 1, 64)
-    prefix_weight: float = setting(0.25, "of the loss of the next token's prefix; falls in stage 1")
-    tied_until: float = setting(2 / 3, "share of the schedule with embedding and head tied", 0, 0.99)
-    attention_init: float = setting(0.5, "spread of query, key and value, / sqrt(D)")
-    output_init: float = setting(0.5, "spread of attention's output, / sqrt(D)")
-    mlp_init: float = setting(0.5, "spread of the MLP's up matrix, / sqrt(D)")
+    layers: Kind(int, 1, 1000) = 11  # blocks
+    heads: Count = 6  # attention heads
+    width: Kind(int, 2, 2**20) = 768  # channels of the residual stream
+    window: ByStage = (384, 896, 1408, 1664)  # tokens a query looks back
+    window_short: ByStage = (128, 384, 640, 768)  # the same in short layers
+    window_final: Whole = 2560  # window of the last validation; 0: as in training
+    short_layers: Layers = (0, 1, 2, 4, 5, 7, 8, 9)  # layers with the short window
+    paired_layers: Layers = (0, 2, 5, 9)  # layers whose heads attend in pairs
+    attention_free: Layers = (6,)  # layers that are an MLP only
+    attention_source: Layers = (7,)  # layer whose output all later ones attend from
+    xsa_layers: Layers = (1, 3, 4, 7, 8, 10)  # layers whose heads leave out their own value
+    qk_norm: Flag = True  # normalise queries and keys
+    attention_scale: Number = 0.1  # first softmax scale; 0: 1 / sqrt(K)
+    rotary_base: Kind(float, 1) = 1024 ** (32 / 31)  # slowest rotary wavelength / 2 pi
+    rotary_share: Share = 0.5  # share of the channels that rotary turns
+    yarn: Whole = 3  # window changes that rotary and the softmax scale follow
+    key_offset: Flag = True  # long, unpaired layers: still key channels from the token before
+    attention_gates: Flag = True  # each head can close itself
+    attention_mix: Flag = True  # learned scalars on attention's matrices
+    value_layers: Layers = (1, 2, 8, 9, 10)  # layers that add a token embedding to values
+    value_gates: Flag = True  # each head weighs its value embedding
+    value_residual: Flag = False  # each layer mixes layer 0's values into its own
+    bigram: Whole = 15  # rows of the bigram table / vocabulary; 0: none
+    bigram_width: Count = 192  # channels of the bigram table
+    bigram_signs: Whole = 8192  # rows of fixed signs on bigrams; 0: none
+    smear: Flag = True  # each embedding takes up some of the one before
+    mixing: one_of("sublayers", "blocks", "none") = "sublayers"  # where weights mix stream and embedding
+    residual_init: Number = 1.1**0.5  # first weight of the stream in that mixture
+    mudd: Flag = True  # the last layer and the head mix streams token by token
+    gated_skip: Layers = (3, 6)  # FROM,TO: that output is added, gated, before that layer
+    unet_skips: Flag = False  # the first half's outputs go to the second half, mirrored
+    rms_epsilon: Number = 2.0**-23  # added to the mean square before its root
+    softcap: Cap = (11.5, 15.0, 5.0)  # h,r,s: h tanh((z + s) / r); h = 0: off
+    predicted_tokens: Kind(int, 1, 64) = 3  # tokens predicted ahead in stage 0, then one less each
+    prefix_weight: Number = 0.25  # of the loss of the next token's prefix; falls in stage 1
+    tied_until: Kind(float, 0, 0.99) = 2 / 3  # share of the schedule with embedding and head tied
+    attention_init: Number = 0.5  # spread of query, key and value, / sqrt(D)
+    output_init: Number = 0.5  # spread of attention's output, / sqrt(D)
+    mlp_init: Number = 0.5  # spread of the MLP's up matrix, / sqrt(D)
     # optimizers
-    muon_lr: float = setting(0.023, "Muon's rate, for the matrices of the blocks")
-    muon_momentum: float = setting(0.95, "momentum in the middle of the run", 0, 0.9999)
-    muon_momentum_start: float = setting(0.85, "momentum at both ends", 0, 0.9999)
-    momentum_warmup: float = setting(300 / 1375, "share of the steps in which it rises", 0, 1)
-    momentum_cooldown: float = setting(50 / 1375, "share of the steps in which it falls", 0, 1)
-    orthogonaliser: str = setting("polar-express", "Muon's iteration",
-                                  choices=("polar-express", "newton-schulz", "none"))
-    qk_heads: int = setting(2, "heads whose queries, or keys, are orthogonalised together; 0: all")
-    normuon_beta2: float = setting(0.9, "decay of NorMuon's mean squares; 0: off", 0, 0.9999)
-    muon_decay: float = setting(1.2, "Muon's cautious weight decay, times rate squared")
-    down_scale: float = setting(4.0, "factor on updates of the MLP's down matrices")
-    split_precision: bool = setting(True, "bfloat16 matrices, 16 low bits in the optimizer")
-    adam_embedding: Floats = setting((0.008, 0.5, 0.95, 0.75), ADAM + "embedding, once untied")
-    adam_head: Floats = setting((0.008, 0.5, 0.95, 0.75), ADAM + "head, and tied embedding")
-    adam_tables: Floats = setting((0.6, 0.75, 0.95, 0.025), ADAM + "value and bigram tables")
-    adam_gates: Floats = setting((0.008, 0.9, 0.99, 0.005), ADAM + "gates; MUDD a quarter of the rate")
-    adam_residual: Floats = setting((0.04, 0.9, 0.95, 0.0), ADAM + "weights of the stream")
-    adam_mixing: Floats = setting((0.008, 0.9, 0.95, 0.0), ADAM + "weights of what is added to it")
-    adam_scalars: Floats = setting((0.04, 0.9, 0.99, 0.0), ADAM + "other scalars")
-    adam_epsilon: float = setting(1e-10 / 16_384, "added to the root of the mean squares")
-    adam_every: int = setting(2, "steps whose gradients Adam sums for one update", 1)
-    cooldown: float = setting(0.6, "last share of the schedule, linear to the floor", 0, 1)
-    rate_levels: Floats = setting((1.0, 1.52, 1.73), "factor on all rates", by_stage=True)
-    rate_floor: float = setting(0.15, "factor that is left at the end")
-    dtype: str = setting("auto", "of activations and tables; auto: bfloat16 if fast here",
-                         choices=("auto", "bfloat16", "float32", "float64"))
+    muon_lr: Number = 0.023  # Muon's rate, for the matrices of the blocks
+    muon_momentum: Decay = 0.95  # momentum in the middle of the run
+    muon_momentum_start: Decay = 0.85  # momentum at both ends
+    momentum_warmup: Share = 300 / 1375  # share of the steps in which it rises
+    momentum_cooldown: Share = 50 / 1375  # share of the steps in which it falls
+    orthogonaliser: one_of("polar-express", "newton-schulz", "none") = "polar-express"  # Muon's iteration
+    qk_heads: Whole = 2  # heads whose queries, or keys, are orthogonalised together; 0: all
+    normuon_beta2: Decay = 0.9  # decay of NorMuon's mean squares; 0: off
+    muon_decay: Number = 1.2  # Muon's cautious weight decay, times rate squared
+    down_scale: Number = 4.0  # factor on updates of the MLP's down matrices
+    split_precision: Flag = True  # bfloat16 matrices, 16 low bits in the optimizer
+    adam_embedding: AdamRates = (0.008, 0.5, 0.95, 0.75)  # Adam's rate, betas, decay: embedding, untied
+    adam_head: AdamRates = (0.008, 0.5, 0.95, 0.75)  # Adam: head, and tied embedding
+    adam_tables: AdamRates = (0.6, 0.75, 0.95, 0.025)  # Adam: value and bigram tables
+    adam_gates: AdamRates = (0.008, 0.9, 0.99, 0.005)  # Adam: gates; MUDD, a quarter of the rate
+    adam_residual: AdamRates = (0.04, 0.9, 0.95, 0.0)  # Adam: weights of the stream
+    adam_mixing: AdamRates = (0.008, 0.9, 0.95, 0.0)  # Adam: weights of what is added to it
+    adam_scalars: AdamRates = (0.04, 0.9, 0.99, 0.0)  # Adam: other scalars
+    adam_epsilon: Number = 1e-10 / 16_384  # added to the root of the mean squares
+    adam_every: Count = 2  # steps whose gradients Adam sums for one update
+    cooldown: Share = 0.6  # last share of the schedule, linear to the floor
+    rate_levels: Factors = (1.0, 1.52, 1.73)  # factor on all rates
+    rate_floor: Number = 0.15  # factor that is left at the end
+    dtype: one_of("auto", "bfloat16", "float32", "float64") = "auto"  # auto: bfloat16 if fast
 
 
 @dataclass(frozen=True)
 class Config(Recipe):
     """A recipe, and where and how it runs: that may change when a checkpoint goes on."""
 
-    train_files: str = setting("data/fineweb10B/fineweb_train_*.bin", "training shards, by name")
-    val_files: str = setting("data/fineweb10B/fineweb_val_*.bin", "validation shards")
-    out: str = setting("logs", "folder in which the run's own folder is made")
-    save_every: int = setting(0, "updates between checkpoints; 0: when the run is stopped")
-    keep: int = setting(2, "newest checkpoints that are kept", 1)
-    resume: str = setting("none", "none, a checkpoint or run folder, auto: this recipe's newest")
-    device: str = setting("auto", "auto: the GPU if there is one", choices=("auto", "cpu", "cuda"))
-    head_dtype: str = setting("auto", "head's products in training; auto: float8 on new GPUs",
-                              choices=("auto", "float8", "wide"))
-    compile: str = setting("auto", "auto: torch.compile on a GPU", choices=("auto", "none"))
-    micro_tokens: int = setting(0, "of a forward pass, at least a row; 0: 65536 on a GPU, 1024 on a CPU")
-    recompute: bool = setting(False, "recompute activations in backward, for small memories")
-    loss_chunk: int = setting(16_384, "tokens whose logits are held at once", 1)
-    timeout: int = setting(300, "seconds of waiting for another process", 1, 86_400)
+    train_files: Text = "data/fineweb10B/fineweb_train_*.bin"  # training shards, by name
+    val_files: Text = "data/fineweb10B/fineweb_val_*.bin"  # validation shards
+    out: Text = "logs"  # folder in which the run's own folder is made
+    save_every: Whole = 0  # updates between checkpoints; 0: when the run is stopped
+    keep: Count = 2  # newest checkpoints that are kept
+    resume: Text = "none"  # none, a checkpoint or run folder, auto: this recipe's newest
+    device: one_of("auto", "cpu", "cuda") = "auto"  # auto: the GPU if there is one
+    head_dtype: one_of("auto", "float8", "wide") = "auto"  # head's products; auto: float8 on new GPUs
+    compile: one_of("auto", "none") = "auto"  # auto: torch.compile on a GPU
+    micro_tokens: Whole = 0  # of a forward pass, at least a row; 0: 65536 on a GPU, 1024 on a CPU
+    recompute: Flag = False  # recompute activations in backward, for small memories
+    loss_chunk: Count = 16_384  # tokens whose logits are held at once
+    timeout: Kind(int, 1, 86_400) = 300  # seconds of waiting for another process
 
 
-class Technique(NamedTuple):
-    """One idea of the speedrun: why, which records had it, and the settings that turn it off."""
-
-    reason: str
-    records: str
-    neutral: dict
-
-
-TECHNIQUES = {name: Technique(*rest) for name, *rest in (  # in the order of history
-    ("unet-skips", "late layers see the first half's outputs", "11", {"unet_skips": False}),
-    ("qk-norm", "attention's logits stay bounded", "before 12", {"qk_norm": False}),
-    ("x0-shortcut", "deep blocks see the embedding", "before 12", {"mixing": "none"}),
-    ("value-residual", "deep blocks see layer 0's values", "before 12", {"value_residual": False}),
-    ("windows", "short context first is cheap and easy to learn", "13 29", {"window": (1023,)}),
-    ("schedule", "rates fall to a floor and stay, momentum falls", "13 19 35 39 62 72", {
+TECHNIQUES = {  # the settings that turn each off; records that had it, and why
+    "unet-skips": {"unet_skips": False},  # (11) late layers see the first half's outputs
+    "qk-norm": {"qk_norm": False},  # (before 12) attention's logits stay bounded
+    "x0-shortcut": {"mixing": "none"},  # (before 12) deep blocks see the embedding
+    "value-residual": {"value_residual": False},  # (before 12) deep blocks see layer 0's values
+    "windows": {"window": (1023,)},  # (13 29) short context first is cheap and easy to learn
+    "schedule": {  # (13 19 35 39 62 72) rates fall to a floor and stay, momentum falls
         "cooldown": 562 / 1875, "rate_floor": 0.0, "extension": 0.0,
-        "momentum_warmup": 500 / 1875, "momentum_cooldown": 0.0}),
-    ("value-embeddings", "values know their token", "14 15 17 63 70", {"value_layers": ()}),
-    ("attention-free", "one layer does well without attention", "17", {"attention_free": ()}),
-    ("half-rotary", "half of the channels match by content alone", "17", {
-        "rotary_base": 10_000.0, "rotary_share": 1.0}),
-    ("softcap", "no logit can be too sure", "before 12, 18 54", {"softcap": (0.0, 1.0, 0.0)}),
-    ("first-weights", "all start small, outputs not at zero", "19 53 64", {
-        "attention_init": 3**-0.5, "output_init": 0.0, "mlp_init": 3**-0.5}),
-    ("float8-head", "the largest products at twice the speed", "19 51 55", {"head_dtype": "wide"}),
-    ("short-windows", "most layers need half the window", "20", {"short_layers": ()}),
-    ("documents", "rows begin with a document, long ones are cut", "26 29 72", {
-        "long_documents": "continue", "document_tokens": (0,)}),
-    ("attention-gates", "a head that finds nothing is silent", "28", {"attention_gates": False}),
-    ("yarn", "wavelengths and softmax follow the window", "31 33", {
-        "yarn": 0, "attention_scale": 0.0, "window_final": 0}),
-    ("smear", "the token before, without attention", "34", {"smear": False}),
-    ("polar-express", "updates nearer to orthogonal", "38", {"orthogonaliser": "newton-schulz"}),
-    ("adam-every-other", "half of Adam's work and traffic", "39", {"adam_every": 1}),
-    ("normuon", "the rows of an update are of one size", "41 42 46 48 78", {"normuon_beta2": 0.0}),
-    ("muon-decay", "weights shrink where updates shrink them", "43", {"muon_decay": 0.0}),
-    ("gated-skip", "one early output, where it helps", "45 55", {"gated_skip": ()}),
-    ("rate-levels", "rates grow with the batch", "46 53", {"rate_levels": (1.0,)}),
-    ("attention-mix", "attention learns its own scale", "47 48", {"attention_mix": False}),
-    ("key-offset", "one layer finds what followed a token", "49 62", {"key_offset": False}),
-    ("tied-head", "embedding and head learn as one, then part", "50 51 53 57", {"tied_until": 0.0}),
-    ("multi-token", "early training looks further ahead", "53", {"predicted_tokens": 1}),
-    ("value-gates", "heads choose how much token they want", "55 70", {"value_gates": False}),
-    ("split-precision", "matrices move as bfloat16", "57", {"split_precision": False}),
-    ("paired-heads", "two heads share their keys", "58", {"paired_layers": ()}),
-    ("bigrams", "pairs of tokens have an embedding", "62", {"bigram": 0}),
-    ("sublayer-mixing", "each sublayer weighs stream and addition", "73", {
-        "mixing": "blocks", "residual_init": 1.0}),
-    ("attention-source", "late layers attend from one earlier stream", "77", {"attention_source": ()}),
-    ("paired-orthogonalising", "heads are updated two by two", "80", {"qk_heads": 0}),
-    ("mudd", "the last mixtures depend on the token", "81", {"mudd": False}),
-    ("xsa", "attention adds what the token does not know", "82", {"xsa_layers": ()}),
-    ("bigram-signs", "signs tell bigrams that share a row apart", "83", {"bigram_signs": 0}),
-    ("prefix-loss", "half-right tokens teach early", "88", {"prefix_weight": 0.0}),
-)}
-
-
-class Preset(NamedTuple):
-    """A recipe: what it leaves out of TECHNIQUES, and its own values."""
-
-    without: tuple[str, ...]
-    values: dict
+        "momentum_warmup": 500 / 1875, "momentum_cooldown": 0.0},
+    "value-embeddings": {"value_layers": ()},  # (14 15 17 63 70) values know their token
+    "attention-free": {"attention_free": ()},  # (17) one layer does well without attention
+    "half-rotary": {  # (17) half of the channels match by content alone
+        "rotary_base": 10_000.0, "rotary_share": 1.0},
+    "softcap": {"softcap": (0.0, 1.0, 0.0)},  # (before 12, 18 54) no logit can be too sure
+    "first-weights": {  # (19 53 64) all start small, outputs not at zero
+        "attention_init": 3**-0.5, "output_init": 0.0, "mlp_init": 3**-0.5},
+    "float8-head": {"head_dtype": "wide"},  # (19 51 55) the largest products at twice the speed
+    "short-windows": {"short_layers": ()},  # (20) most layers need half the window
+    "documents": {  # (26 29 72) rows begin with a document, long ones are cut
+        "long_documents": "continue", "document_tokens": (0,)},
+    "attention-gates": {"attention_gates": False},  # (28) a head that finds nothing is silent
+    "yarn": {  # (31 33) wavelengths and softmax follow the window
+        "yarn": 0, "attention_scale": 0.0, "window_final": 0},
+    "smear": {"smear": False},  # (34) the token before, without attention
+    "polar-express": {"orthogonaliser": "newton-schulz"},  # (38) updates nearer to orthogonal
+    "adam-every-other": {"adam_every": 1},  # (39) half of Adam's work and traffic
+    "normuon": {"normuon_beta2": 0.0},  # (41 42 46 48 78) the rows of an update are of one size
+    "muon-decay": {"muon_decay": 0.0},  # (43) weights shrink where updates shrink them
+    "gated-skip": {"gated_skip": ()},  # (45 55) one early output, where it helps
+    "rate-levels": {"rate_levels": (1.0,)},  # (46 53) rates grow with the batch
+    "attention-mix": {"attention_mix": False},  # (47 48) attention learns its own scale
+    "key-offset": {"key_offset": False},  # (49 62) one layer finds what followed a token
+    "tied-head": {"tied_until": 0.0},  # (50 51 53 57) embedding and head learn as one, then part
+    "multi-token": {"predicted_tokens": 1},  # (53) early training looks further ahead
+    "value-gates": {"value_gates": False},  # (55 70) heads choose how much token they want
+    "split-precision": {"split_precision": False},  # (57) matrices move as bfloat16
+    "paired-heads": {"paired_layers": ()},  # (58) two heads share their keys
+    "bigrams": {"bigram": 0},  # (62) pairs of tokens have an embedding
+    "sublayer-mixing": {  # (73) each sublayer weighs stream and addition
+        "mixing": "blocks", "residual_init": 1.0},
+    "attention-source": {"attention_source": ()},  # (77) late layers attend from one earlier stream
+    "paired-orthogonalising": {"qk_heads": 0},  # (80) heads are updated two by two
+    "mudd": {"mudd": False},  # (81) the last mixtures depend on the token
+    "xsa": {"xsa_layers": ()},  # (82) attention adds what the token does not know
+    "bigram-signs": {"bigram_signs": 0},  # (83) signs tell bigrams that share a row apart
+    "prefix-loss": {"prefix_weight": 0.0},  # (88) half-right tokens teach early
+}
 
 
 HAD_BY_12 = ("unet-skips", "qk-norm", "x0-shortcut", "value-residual", "softcap")
 PRESETS = {
-    "gpt2": Preset((), {}),
-    "five-minute": Preset(tuple(name for name in TECHNIQUES if name not in HAD_BY_12), dict(
+    "gpt2": {},
+    "five-minute": dict(
+        without=TECHNIQUES.keys() - HAD_BY_12,
         steps=1875, tokens_per_step=(524_288,), row_tokens=(65_536,), val_every=125,
         val_row_tokens=65_536, layers=12, value_residual=True, unet_skips=True,
         rms_epsilon=2.0**-7, softcap=(30.0, 30.0, 0.0), muon_lr=0.04, down_scale=1.0,
         adam_embedding=(0.6, 0.9, 0.95, 0.0), adam_head=(0.008, 0.9, 0.95, 0.0),
-        adam_mixing=(0.04, 0.9, 0.95, 0.0), adam_scalars=(0.04, 0.9, 0.95, 0.0), adam_epsilon=1e-8)),
-    "tiny": Preset(  # what a minute on a CPU has use for
-        ("documents", "attention-free", "short-windows", "yarn", "attention-gates", "attention-mix",
+        adam_mixing=(0.04, 0.9, 0.95, 0.0), adam_scalars=(0.04, 0.9, 0.95, 0.0), adam_epsilon=1e-8),
+    "tiny": dict(  # what a minute on a CPU has use for
+        without=("documents", "attention-free", "short-windows", "yarn", "attention-gates", "attention-mix",
          "gated-skip", "multi-token", "tied-head", "first-weights", "adam-every-other", "rate-levels",
          "attention-source", "mudd", "xsa", "bigram-signs", "prefix-loss", "sublayer-mixing"),
-        dict(train_files="data/text/text_train_*.bin", val_files="data/text/text_val_*.bin",
+        train_files="data/text/text_train_*.bin", val_files="data/text/text_val_*.bin",
              shuffle=True, document_tokens=(2048,), steps=640, tokens_per_step=(1024,),
              row_tokens=(128,), val_every=40, val_tokens=131_072, val_row_tokens=128, layers=3,
              heads=2, width=128, window=(128,), paired_layers=(0,), value_layers=(0, 2), bigram=16,
              softcap=(30.0, 30.0, 0.0), down_scale=1.0, muon_lr=0.08,
              muon_momentum=0.8, muon_momentum_start=0.8, adam_embedding=(0.6, 0.65, 0.95, 0.0),
-             adam_head=(0.008, 0.65, 0.95, 0.0), adam_tables=(0.3, 0.65, 0.95, 0.0), cooldown=0.8)),
-    "gpt2-medium": Preset((), dict(  # a larger size of gpt2; not proven
+             adam_head=(0.008, 0.65, 0.95, 0.0), adam_tables=(0.3, 0.65, 0.95, 0.0), cooldown=0.8),
+    "gpt2-medium": dict(  # a larger size of gpt2; not proven
         steps=4740, layers=16, heads=8, width=1024, paired_layers=(0, 3, 7, 14), attention_free=(9,),
         short_layers=(0, 1, 2, 3, 5, 6, 7, 8, 10, 11, 12, 13, 14), value_layers=(1, 2, 13, 14, 15),
         attention_source=(10,), xsa_layers=(1, 2, 4, 5, 6, 8, 10, 11, 12, 13, 15),
-        gated_skip=(4, 9), muon_lr=0.015)),
-    "gpt2-xl": Preset((), dict(  # about 1.5B parameters; not proven
+        gated_skip=(4, 9), muon_lr=0.015),
+    "gpt2-xl": dict(  # about 1.5B parameters; not proven
         steps=20_000, layers=29, heads=12, width=1536, paired_layers=(0, 5, 14, 25),
         attention_free=(16,), short_layers=tuple(i for i in range(29) if i not in (8, 16, 28)),
         value_layers=(1, 2, 26, 27, 28), attention_source=(19,), gated_skip=(8, 16),
-        xsa_layers=tuple(i for i in range(1, 29) if i not in (5, 14, 16, 25)), muon_lr=0.01)),
+        xsa_layers=tuple(i for i in range(1, 29) if i not in (5, 14, 16, 25)), muon_lr=0.01),
 }
 
 
 def turned_off(values, names):
     """Settings without some techniques: newest first, as the newer ones build on the older."""
-    for name in sorted(names, key=[*TECHNIQUES].index, reverse=True):
-        values = values | TECHNIQUES[name].neutral
+    for name in reversed(TECHNIQUES):
+        if name in names:
+            values = values | TECHNIQUES[name]
     return values
 
 
 def preset_values(name):
     """The settings of a preset that are not Config's defaults."""
-    preset = PRESETS[name]
-    return turned_off({"preset": name}, preset.without) | preset.values
+    values = {"preset": name, "without": ()} | PRESETS[name]
+    return turned_off(values, values.pop("without")) | values
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1976,25 +1964,32 @@ def spelled(value):
 
 def typed(option, text):
     """A text as the value of a setting, within its bounds. Raises ArgumentTypeError."""
-    _, kind, many, lengths, low, high, choices = option.metadata.values()
-    words = text.split(",") if many else [text]
-    if many and text == "none":
+    of, low, high, lengths, choices = option.type
+    words = text.split(",") if lengths else [text]
+    if lengths and text == "none":
         words = []
     try:
-        values = [word == "true" if kind is bool else kind(word) for word in words]
-        bounded = kind is str or all(low <= value <= high for value in values)
-        if not bounded or len(values) not in lengths or choices and text not in choices:
+        values = [word == "true" if of is bool else of(word) for word in words]
+        bounded = text in choices if choices else of is str or all(low <= value <= high for value in values)
+        if not bounded or lengths and len(values) not in lengths:
             raise ValueError
     except ValueError:
-        expected = " or ".join(choices) or f"{kind.__name__} from {low:g} to {high:g}"
-        expected += f", {lengths[0]} to {lengths[-1]} of them, joined by commas" * many
+        expected = " or ".join(choices) or f"{of.__name__} from {low:g} to {high:g}"
+        if lengths:
+            expected += f", {lengths[0]} to {lengths[-1]} of them, joined by commas"
         raise argparse.ArgumentTypeError(
             f"found {text:.80}, expected {expected}, such as {spelled(option.default)}") from None
-    return tuple(values) if many else values[0]
+    return tuple(values) if lengths else values[0]
 
 
 def texts(config):
     return {name: spelled(value) for name, value in vars(config).items()}
+
+
+def comments():
+    """What stands beside the settings and techniques above, by their names."""
+    above, _, _ = Path(__file__).read_text(encoding="utf-8").partition("\nPRESETS")
+    return dict(re.findall(r'^    "?([\w-]+)"?: .*  # (.*)', above, re.MULTILINE))
 
 
 class Parser(argparse.ArgumentParser):
@@ -2003,7 +1998,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def make_parser():
-    techniques = [f"  {name:18} {t.reason} ({t.records})" for name, t in TECHNIQUES.items()]
+    notes = comments()
+    techniques = [f"  {name:18} {notes[name]}" for name in TECHNIQUES]
     parser = Parser(
         usage="python train_gpt2.py [--preset NAME] [--SETTING VALUE] ...",
         description=__doc__.split("\n\nPart I")[0],
@@ -2016,9 +2012,9 @@ def make_parser():
         help="techniques to turn off, joined by commas")
     for option in fields(Config):
         (basic if option.name in BASIC else others).add_argument(
-            flag(option.name), metavar="|".join(option.metadata["choices"]),
+            flag(option.name), metavar="|".join(option.type.choices),
             type=partial(typed, option),
-            help=f"{option.metadata['text']} ({spelled(option.default)})")
+            help=f"{notes[option.name]} ({spelled(option.default)})")
     return parser
 
 
@@ -2030,7 +2026,7 @@ def parse_command_line(arguments):
     given = vars(given)
     values = base_values(given)
     without = given.pop("without")
-    there = [name for name, t in TECHNIQUES.items() if not t.neutral.items() <= values.items()]
+    there = [name for name, off in TECHNIQUES.items() if not off.items() <= values.items()]
     for name in without:
         if name not in there:
             raise UserError(f"--without {name}: this recipe has only {', '.join(there)}")
@@ -2097,9 +2093,6 @@ def check_config(config):
     for name in ("value_layers", "xsa_layers"):
         wrong = {*getattr(config, name)} & {*config.attention_free}
         rules.append((name, wrong, f"without --attention-free {spelled(config.attention_free)}"))
-    for name in ("embedding", "head", "tables", "gates", "residual", "mixing", "scalars"):
-        wrong = max(getattr(config, f"adam_{name}")[1:3]) >= 1
-        rules.append((f"adam_{name}", wrong, "of betas below 1"))
     for name, wrong, right in rules:
         if wrong:
             raise UserError(f"{flag(name)} {spelled(getattr(config, name))} must be {right}")

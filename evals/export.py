@@ -24,7 +24,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent / "data")]
 import sample
 from text import Parser
 
-from train_gpt2 import GPT, TECHNIQUES, Phase, UserError, skip_sources
+from train_gpt2 import GPT, TECHNIQUES, Phase, UserError, comments, skip_sources
 
 # Those of TECHNIQUES that a forward pass shows.
 IN_MODEL = ("unet-skips", "qk-norm", "x0-shortcut", "value-residual", "value-embeddings", "attention-free",
@@ -35,12 +35,12 @@ IN_MODEL = ("unet-skips", "qk-norm", "x0-shortcut", "value-residual", "value-emb
 
 def description(model: GPT, phase: Phase, saved: dict) -> dict:
     """config.json: what model.py needs beside the weights, as it was when the model was saved."""
-    config, skips = model.config, skip_sources(model.config)
+    config, skips, notes = model.config, skip_sources(model.config), comments()
     layers = [{"window": phase.windows[block.short], "paired": block.paired, "key_offset": block.key_offset,
                "value_table": model.table_of.get(i), "skip_from": skips.get(i)}
               for i, block in enumerate(model.blocks)]
-    techniques = {name: TECHNIQUES[name].reason for name in IN_MODEL
-                  if all(getattr(config, key) != value for key, value in TECHNIQUES[name].neutral.items())
+    techniques = {name: notes[name].partition(") ")[2] for name in IN_MODEL
+                  if all(getattr(config, key) != value for key, value in TECHNIQUES[name].items())
                   and (name, config.mixing) != ("sublayer-mixing", "none")}
     encoding = sample.KNOWN.get((saved["vocabulary"], saved["separator"]), "that of its training shards")
     return {"techniques": techniques, "encoding": encoding, "longest_text": max(config.row_tokens),

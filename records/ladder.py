@@ -35,7 +35,7 @@ from tqdm import tqdm
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 import train_gpt2
-from train_gpt2 import TECHNIQUES, Config, Processes, UserError, preset_values, tokens_until
+from train_gpt2 import TECHNIQUES, Config, Processes, UserError, comments, preset_values, tokens_until
 
 # --------------------------------------------------------------------------------------------------
 # Rungs. In: the two presets, at a size. Out: the configurations between them.
@@ -61,11 +61,12 @@ VALUES = {  # by the technique after which they came
 
 def all_rungs() -> list[Rung]:
     """Those of TECHNIQUES in the order of history, with values between them."""
-    found = [Rung("five-minute", "record 12", "12", ())]
-    for name, technique in TECHNIQUES.items():
-        own = [field for field in technique.neutral if WITH.get(field, name) == name]
+    found, notes = [Rung("five-minute", "record 12", "12", ())], comments()
+    for name, neutral in TECHNIQUES.items():
+        own = [field for field in neutral if WITH.get(field, name) == name]
+        records, reason = notes[name].removeprefix("(").split(") ", 1)
         fields = (*dict.fromkeys(own + [field for field, moves_with in WITH.items() if moves_with == name]),)
-        found += [Rung(name, technique.reason, technique.records, fields)] * bool(fields) + VALUES.get(name, [])
+        found += [Rung(name, reason, records, fields)] * bool(fields) + VALUES.get(name, [])
     return found
 
 

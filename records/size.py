@@ -27,11 +27,12 @@ def measure(lines: list[str], first: int, last: int, tokens: list) -> tuple[int,
 
 def sections(text: str) -> list[tuple[str, int, int, float]]:
     """(name, lines, tokens, characters a line) of each section, then of the whole file."""
-    rows, before = [], None
+    rows, before, depth = [], None, 0
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
-        docstring = token.type == tokenize.STRING and (before is None or before in NOT_CODE)
+        docstring = token.type == tokenize.STRING and depth == 0 and (before is None or before in NOT_CODE)
         if token.type not in NOT_CODE and not docstring:
             rows.append(token.start[0])
+        depth += (token.string in ("(", "[", "{")) - (token.string in (")", "]", "}"))
         before = token.type
     lines = text.splitlines()
     borders = [(0, "header")]

@@ -67,7 +67,7 @@ def test_a_value_out_of_bounds_is_refused(name, text):
     ("attention_free", dict(value_residual=True, attention_free=(0,), value_layers=())),
     ("value_layers", dict(value_layers=(6,))), ("attention_source", dict(attention_source=(1, 2))),
     ("softcap", dict(softcap=(1.0, 0.0, 0.0))), ("out", dict(out=os.fsdecode(b"logs\xff"))),
-    ("paired_layers", dict(paired_layers=(11,))), ("adam_head", dict(adam_head=(0.1, 1.0, 0.9, 0.0)))])
+    ("paired_layers", dict(paired_layers=(11,)))])
 def test_settings_that_contradict_each_other_are_refused(name, changes):
     with pytest.raises(UserError) as error:
         check_config(replace(Config(), **changes))

@@ -449,7 +449,7 @@ OF_UPDATES = ("schedule", "polar-express", "adam-every-other", "normuon", "muon-
     for preset, name in ONE_BY_ONE if preset == "gpt2"])
 def test_a_run_without_a_technique(name):
     """Those of the model alone are in test_techniques, with their gradients; here in the slow tests."""
-    assert_trains(small_model(preset="gpt2", spread=0.05, **SHORT | TECHNIQUES[name].neutral))
+    assert_trains(small_model(preset="gpt2", spread=0.05, **SHORT | TECHNIQUES[name]))
 
 
 @pytest.mark.parametrize("preset", ["gpt2", "five-minute"])

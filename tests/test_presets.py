@@ -24,7 +24,7 @@ def test_settings_belong_to_the_recipe_or_to_the_run():
     recipe, run = {f.name for f in fields(Recipe)}, {f.name for f in fields(Config)} - {f.name for f in fields(Recipe)}
     assert run == {"train_files", "val_files", "out", "save_every", "keep", "resume", "device", "head_dtype", "compile",
                    "micro_tokens", "recompute", "loss_chunk", "timeout"}
-    moved = {name for technique in TECHNIQUES.values() for name in technique.neutral}
+    moved = {name for technique in TECHNIQUES.values() for name in technique}
     assert moved <= recipe | {"head_dtype"}
 
 
@@ -32,9 +32,9 @@ def test_settings_belong_to_the_recipe_or_to_the_run():
 def test_presets_are_valid_and_leave_out_what_they_say(preset):
     values, config = preset_values(preset), check_config(Config(**preset_values(preset)))
     assert config == parse_command_line(["--preset", preset])
-    for name in PRESETS[preset].without:
-        for setting, neutral in TECHNIQUES[name].neutral.items():
-            assert getattr(config, setting) == PRESETS[preset].values.get(setting, neutral)
+    for name in PRESETS[preset].get("without", ()):
+        for setting, neutral in TECHNIQUES[name].items():
+            assert getattr(config, setting) == PRESETS[preset].get(setting, neutral)
     assert set(values) <= {f.name for f in fields(Config)}
 
 
@@ -43,7 +43,7 @@ def test_each_technique_can_be_left_out(name):
     """It alone: nothing changes but its settings, and what follows from them."""
     preset = "five-minute" if name in ("unet-skips", "value-residual") else "gpt2"
     full, without = (parse_command_line(["--preset", preset, *rest]) for rest in ([], ["--without", name]))
-    assert asdict(without) == asdict(full) | TECHNIQUES[name].neutral != asdict(full)
+    assert asdict(without) == asdict(full) | TECHNIQUES[name] != asdict(full)
 
 
 def test_a_technique_that_a_preset_has_not_cannot_be_left_out():

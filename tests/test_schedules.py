@@ -64,7 +64,7 @@ def assert_agrees(steps, config: Config) -> None:
 @pytest.mark.parametrize("preset, technique", [("gpt2", None), ("five-minute", None), *ONE_BY_ONE])
 def test_schedules_are_the_formulas(preset, technique):
     """In each step of the two recipes, and around every border of those without one of their techniques."""
-    neutral = TECHNIQUES[technique].neutral if technique else {}
+    neutral = TECHNIQUES[technique] if technique else {}
     config = Config(**preset_values(preset) | neutral)
     borders = [*stage_borders(config), last_tied_step(config)]
     near = {min(max(0, border + k), config.steps) for border in borders for k in (-2, -1, 0, 1, 2)}

@@ -240,7 +240,7 @@ def assert_agrees(model: GPT, stage: int, tied: bool | None = None, tokens: int 
 def settled(preset: str, name: str) -> bool:
     """Whether turning the technique off changes the preset."""
     values = preset_values(preset)
-    return Config(**values) != Config(**values | TECHNIQUES[name].neutral)
+    return Config(**values) != Config(**values | TECHNIQUES[name])
 
 
 ONE_BY_ONE = [(preset, name) for name in TECHNIQUES for preset in ("gpt2", "five-minute") if settled(preset, name)]
@@ -255,7 +255,7 @@ def recipe(preset: str = "gpt2", without=(), **changes) -> GPT:
     """A small model none of whose parameters is at its first value."""
     settings = SIX_LAYERS if preset == "gpt2" else {}
     for name in without:
-        settings = settings | TECHNIQUES[name].neutral
+        settings = settings | TECHNIQUES[name]
     return small_model(preset=preset, spread=0.4, **settings | changes)
 
 
