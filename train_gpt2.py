@@ -441,10 +441,11 @@ class Shard(NamedTuple):
 
 
 def shard_command(path):
-    """The command that makes such shards."""
-    if os.path.dirname(path).endswith("data/fineweb10B"):
+    """The command that makes such shards; path: of one of them, or a pattern."""
+    folder = re.sub(r"\[([*?[])]", r"\1", os.path.dirname(path)) or "."  # glob.escape undone
+    if folder.endswith("data/fineweb10B"):
         return "python data/fineweb.py 10"
-    return f"python data/text.py TEXT... --out {shlex.quote(os.path.dirname(path) or '.')}"
+    return f"python data/text.py TEXT... --out {shlex.quote(folder)}"
 
 
 def damaged(path, problem):
@@ -1906,7 +1907,7 @@ def train(config, processes):
         with caught_signals() as received:
             progress = training_loop(model, groups, data, processes, log, progress, received)
             if log.folder:
-                save_somewhere(log, contents(model, data, progress))
+                save_somewhere(log, "model.pt", contents(model, data, progress))
         processes.barrier()
         pace = tokens_until(config.steps, config) / progress.seconds
         log.line(f"final val_loss {progress.val_loss:.4f} nats per token, training time "
@@ -2053,7 +2054,7 @@ def base_values(given):
     """The settings below those given: of a preset, or of the checkpoint that --resume names."""
     preset, resume = given.get("preset", "gpt2"), given.get("resume", "none")
     if resume not in ("none", "auto"):
-        saved = newest(Path(resume).expanduser())
+        saved = newest(Path(os.path.expanduser(resume)))
         given["resume"] = saved["path"]
         return asdict(saved["config"]) | {"out": str(Path(saved["path"]).parent.parent)}
     if preset not in PRESETS:
@@ -2347,14 +2348,17 @@ def check_disk(config, groups, processes):
             "make room, or give another --out")
 
 
-def save_somewhere(log, saved):
-    """The model of a finished run: where its folder has no room, among temporary files."""
+def save_somewhere(log, name, saved):
+    """In the run's folder or, where that takes nothing, among temporary files. Returns the path."""
     try:
-        save(log.folder / "model.pt", saved)
+        save(log.folder / name, saved)
+        return log.folder / name
     except (OSError, RuntimeError) as error:
-        path = Path(tempfile.gettempdir(), f"{log.folder.name}.pt")
+        path = Path(tempfile.gettempdir(), log.folder.name, name)
+        path.parent.mkdir(exist_ok=True)
         save(path, saved)
-        log.line(f"{one_line(error)}; the model is in {path}")
+        log.line(f"{one_line(error)}; saved as {path}")
+        return path
 
 
 def contents(model, data, progress):
@@ -2375,10 +2379,9 @@ def save_checkpoint(log, model, groups, data, processes, progress):
         whole = [group.whole(buffer) for buffer in group.state]
         state[name] = [buffer.cpu() for buffer in whole] if log.folder else None
     if log.folder:
-        path = log.folder / f"checkpoint_{progress.step:07}.pt"
-        save(path, contents(model, data, progress) | {"state": state})
-        log.checkpoint = path
-        others = [other for other in checkpoints(log.folder) if other != path]
+        log.checkpoint = save_somewhere(
+            log, f"checkpoint_{progress.step:07}.pt", contents(model, data, progress) | {"state": state})
+        others = [path for path in checkpoints(log.checkpoint.parent) if path != log.checkpoint]
         for older in others[::-1][model.config.keep - 1:]:
             older.unlink()
     processes.barrier()
@@ -2405,7 +2408,7 @@ def read_checkpoint(path, wanted=None):
                 if part.endswith("data.pkl"):
                     archive.read(part)
             saved = torch.load(path, weights_only=True, mmap=True)
-            if {type(text) for text in saved["config"].values()} != {str}:
+            if {type(text) for pair in saved["config"].items() for text in pair} != {str}:
                 raise ValueError("its settings are not texts")
             config = Config(**{
                 name: typed(options[name], text) for name, text in saved["config"].items()})
@@ -2417,12 +2420,14 @@ def read_checkpoint(path, wanted=None):
                 raise ValueError(f"{part} is damaged")
         progress = Progress(int(saved["step"]), float(saved["seconds"]), float(saved["val_loss"]))
         vocabulary, separator = int(saved["vocabulary"]), int(saved["separator"])
-        if not (0 <= progress.step <= config.steps and 0 <= separator < vocabulary <= 65_536):
-            raise ValueError("its step or vocabulary is impossible")
-        facts = [numbers for part in saved["shards"].values() for numbers in part.values()]
-        if any(type(number) is not int for numbers in facts for number in numbers):
-            raise ValueError("its shards are strange")
-        return saved | {"path": str(path), "config": config, "progress": progress, "vocabulary": vocabulary}
+        if not (0 <= progress.step <= config.steps and 0 <= progress.seconds < math.inf
+                and 0 <= separator < vocabulary <= 65_536 and config.dtype != "auto"):
+            raise ValueError("its step, seconds, vocabulary or dtype are impossible")
+        for name, numbers in [shard for part in saved["shards"].values() for shard in part.items()]:
+            if type(name) is not str or len(numbers) > 9 or {type(number) for number in numbers} != {int}:
+                raise ValueError("its shards are strange")
+        return saved | progress._asdict() | {
+            "path": str(path), "config": config, "progress": progress, "vocabulary": vocabulary}
     except Exception as error:  # whatever reading and unpickling may raise
         raise UserError(
             f"cannot use {path} as a checkpoint of this train_gpt2.py: {error!r:.160}; "
@@ -2443,7 +2448,8 @@ def newest(place, recipe=None):
     or None. Raises UserError where there are files, and none of them is one that it can take."""
     folders, errors = place.glob("*") if recipe else [place], []
     paths = [path for folder in folders for path in (*checkpoints(folder), *folder.glob("model.pt"))]
-    for path in sorted(paths, reverse=True) or ([] if recipe else [place]):
+    paths.sort(key=lambda path: (path.parent.stat().st_mtime, path), reverse=True)  # the latest written
+    for path in paths or ([] if recipe else [place]):
         try:
             if saved := read_checkpoint(path, recipe):
                 for error in errors:
@@ -2468,7 +2474,8 @@ def checkpoint_to_resume(config, data, processes):
         return None
     saved, model = read_checkpoint(path), Path(path).with_name("model.pt")
     if model.exists() and model.parent.parent == Path(config.out) and config.resume != "auto":
-        saved = read_checkpoint(model)  # training again would overwrite it
+        with contextlib.suppress(UserError):  # a damaged one
+            saved = read_checkpoint(model)  # training again would overwrite it
     theirs, ours = identity(saved["config"], saved["shards"]), identity(config, data.fingerprints)
     for name in theirs | ours:
         if theirs.get(name) != ours.get(name):
@@ -2526,18 +2533,16 @@ class Clock:
 @contextlib.contextmanager
 def caught_signals():
     """A list that receives the number of the first signal to end, for the loop to act on. A second
-    one ends the process at once; but torchrun sends the first one again, and ends us by itself."""
+    Ctrl-C ends the process at once; all other signals may come twice by themselves."""
     received, alone = [], "TORCHELASTIC_RUN_ID" not in os.environ
 
     def note(number, _frame):
-        if received:
-            if alone and number != signal.SIGXCPU:  # which comes every second
-                os._exit(128 + number)
-            return
-        received.append(number)
-        if alone:
+        if received and alone and number == signal.SIGINT:
+            os._exit(128 + number)
+        if not received and alone:  # torchrun says so itself
             with contextlib.suppress(OSError):  # print() must not be called within print()
-                os.write(sys.stderr.fileno(), b"\nstopping after this step; a second signal ends at once\n")
+                os.write(sys.stderr.fileno(), b"\nstopping after this step; Ctrl-C again ends at once\n")
+        received[:] = received or [number]
 
     # The last three are how clusters warn. What nohup ignores stays ignored.
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP,

@@ -14,7 +14,7 @@ import shlex
 from pathlib import Path
 
 import numpy as np
-from text import HEADER_WORDS, SHARD_MAGIC, SHARD_VERSION, Parser, UserError, prefix_table, say, shown, token_bytes
+from text import HEADER_WORDS, SHARD_MAGIC, SHARD_VERSION, Parser, UserError, prefix_table, say, shown, token_bytes, typed_path
 
 HERE = Path(__file__).resolve().parent
 REPOSITORY = "kjj0/fineweb10B-gpt2"
@@ -45,7 +45,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("count", nargs="?", metavar="N", type=int, default=FIVE_MINUTE_SHARDS,
                         help=f"training shards to fetch, 1 to {TRAINING_SHARDS} (default {FIVE_MINUTE_SHARDS})")
-    parser.add_argument("--out", type=Path, default=DEFAULT_FOLDER, metavar="DIR",
+    parser.add_argument("--out", type=typed_path, default=DEFAULT_FOLDER, metavar="DIR",
                         help="folder of the shards (default fineweb10B beside this script)")
     options = parser.parse_args(arguments)
     if not 1 <= options.count <= TRAINING_SHARDS:

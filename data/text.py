@@ -118,9 +118,9 @@ def main(arguments: list[str] | None = None) -> None:
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("paths", nargs="*", type=Path, metavar="PATH",
+    add("paths", nargs="*", type=typed_path, metavar="PATH",
         help="text files, folders, .jsonl or .parquet (default: the Python standard library)")
-    add("--out", type=lambda text: Path(os.path.expanduser(text)), metavar="DIR",
+    add("--out", type=typed_path, metavar="DIR",
         help="folder of the shards (default text beside this script, where ./run.sh looks)")
     add("--encoding", default="bytes", metavar="NAME|FILE",
         help="bytes; a name that tiktoken knows and fetches, as gpt2; or a file X.tiktoken: on each line a token in "
@@ -159,10 +159,15 @@ def say(line: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python fails at its exit
 
 
+def typed_path(text: str) -> Path:
+    """A path as it is typed: a shell leaves a quoted `~` as it is."""
+    return Path(os.path.expanduser(text))
+
+
 def shown(path: Path) -> str:
     """A path as short as it can be typed in the current folder."""
     text = str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
-    return "./" * text.startswith("-") + text
+    return "./" * text.startswith(("-", "~")) + text
 
 
 def list_files(paths: list[Path]) -> list[Path]:
@@ -343,8 +348,8 @@ def encoding_named(name: str) -> Encoding:
         except Exception as error:  # noqa: BLE001  the loader lets its HTTP library's errors through
             raise UserError(f"--encoding {name} cannot be fetched ({type(error).__name__}); run once with a network, "
                             "or set TIKTOKEN_CACHE_DIR to a folder that holds it") from None
-    elif os.path.isfile(name):
-        tokenizer = file_tokenizer(Path(name))
+    elif os.path.isfile(os.path.expanduser(name)):
+        tokenizer = file_tokenizer(typed_path(name))
     else:
         raise UserError(f"--encoding {name} is no regular file and no encoding of 16-bit tokens, expected bytes, "
                         f"{', '.join(names)} or a .tiktoken file")

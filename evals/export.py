@@ -22,7 +22,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent / "data")]
 
 import sample
-from text import Parser
+from text import Parser, typed_path
 
 from train_gpt2 import GPT, TECHNIQUES, Phase, UserError, comments, skip_sources
 
@@ -70,7 +70,7 @@ def main(arguments: list[str] | None = None) -> None:
     """The command line. Raises UserError."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help=sample.CHECKPOINT)
-    parser.add_argument("--out", type=Path, metavar="DIR",
+    parser.add_argument("--out", type=typed_path, metavar="DIR",
                         help="folder of the three files (default: exported, beside the checkpoint)")
     options = parser.parse_args(arguments)
     try:

@@ -28,7 +28,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent / "data")]
 
 import sample
-from text import Encoding, Parser
+from text import Encoding, Parser, typed_path
 
 from train_gpt2 import GPT, Phase, UserError
 
@@ -76,7 +76,7 @@ def read_items(path: Path) -> list[Item]:
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; give the set with --file") from None
     is_parquet, items = content.startswith(b"PAR1"), []
-    records = parquet_records(path) if is_parquet else content.splitlines()
+    records = parquet_records(path) if is_parquet else filter(bytes.strip, content.splitlines())
     for number, record in enumerate(records, 1):
         try:
             record = record if is_parquet else json.loads(record)
@@ -160,7 +160,7 @@ def main(arguments: list[str] | None = None) -> None:
         "(default gpt2)")
     add("--limit", type=int, default=0, metavar="N", help="items, spread evenly (default 0: all)")
     add("--batch", type=int, default=8, metavar="N", help="items at once, four rows each (default 8)")
-    add("--file", type=Path, metavar="PATH", help="the validation set, instead of fetching it")
+    add("--file", type=typed_path, metavar="PATH", help="the validation set, instead of fetching it")
     options = parser.parse_args(arguments)
     for name, value, least in (("--limit", options.limit, 0), ("--batch", options.batch, 1)):
         if value < least:

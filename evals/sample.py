@@ -27,7 +27,7 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 
-from text import BYTES, Encoding, Parser, encoding_named
+from text import BYTES, Encoding, Parser, encoding_named, typed_path
 
 import train_gpt2 as script
 from train_gpt2 import GPT, Phase, UserError
@@ -72,7 +72,7 @@ def settle(model: GPT) -> GPT:
 
 def open_model(place: str | Path, device: str = "cpu") -> tuple[GPT, Phase, dict]:
     """A settled model, its phase, and what was saved with it. Raises UserError."""
-    model, saved = script.load_model(model_file(Path(place)), device)
+    model, saved = script.load_model(model_file(typed_path(str(place))), device)
     return settle(model), script.phase_at(saved["step"], model.config), saved
 
 

@@ -182,11 +182,11 @@ def finish_all(runs: list[Run], jobs: int, threads: int, folder: Path) -> Iterat
 def stored_results(path: Path) -> dict[str, dict]:
     """The lines of runs.jsonl by their key; one that a crash cut off counts nothing."""
     found = {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+    for line in path.read_text(encoding="utf-8-sig", errors="replace").splitlines() if path.exists() else ():
         try:
             record = json.loads(line)
             found[record["key"]] = record
-        except (json.JSONDecodeError, KeyError):
+        except (ValueError, LookupError, TypeError, RecursionError):
             continue
     return found
 

@@ -3,6 +3,8 @@
     python records/parts.py
 """
 
+import argparse
+import signal
 import sys
 import tempfile
 import time
@@ -73,4 +75,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it without a word
     main()

@@ -3,6 +3,7 @@
     python records/pictures.py           # writes records/mask.png
 """
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -59,5 +60,6 @@ def draw_mask(path: Path) -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     draw_mask(HERE / "mask.png")
     print("wrote records/mask.png")

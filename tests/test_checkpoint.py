@@ -1,6 +1,7 @@
 """Stopping, going on, and files that cannot be trusted."""
 
 import json
+import math
 import os
 import resource
 import shutil
@@ -198,11 +199,13 @@ def test_neither_a_full_disk_nor_a_signal_loses_a_finished_run(corpus, tmp_path,
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def test_a_second_signal_ends_at_once(corpus, tmp_path):
+@pytest.mark.parametrize("first, second", [("SIGINT", "SIGINT"), ("SIGHUP", "SIGHUP"), ("SIGUSR1", "SIGTERM")])
+def test_only_a_second_interrupt_ends_at_once(corpus, tmp_path, first, second):
+    """A terminal that closes may send SIGHUP twice, clusters warn before they end a job."""
     arguments = command(corpus, base=STAGES, out=tmp_path / "logs", steps=4000, save_every=0, val_every=0)
-    launched = Launched(tmp_path / "first", 1, spoiled, "0:3:SIGTERM,0:4:SIGTERM", *arguments)
-    ended, = launched.wait()
-    assert ended.status == 128 + signal.SIGTERM and not checkpoints(only_run(tmp_path / "logs"))
+    ended, = together(tmp_path / "first", 1, spoiled, f"0:3:{second},0:3:{first}", *arguments)  # the last one first
+    assert ended.status == 128 + getattr(signal, first)
+    assert len(checkpoints(only_run(tmp_path / "logs"))) == (second != "SIGINT")
 
 
 def test_torchrun_passes_a_signal_on(corpus, tmp_path):
@@ -249,6 +252,21 @@ def test_auto_says_what_it_found(corpus, copy, finished, capsys):
     main(auto)
     said = capsys.readouterr().out
     assert "passed over" in said and "model.pt" in said and "resumed after" in said
+
+
+def test_a_damaged_model_is_passed_over(copy, finished):
+    (copy / "model.pt").write_bytes(b"")
+    main(["--resume", str(checkpoints(copy)[2])])
+    assert_equal_runs(copy, finished)
+
+
+def test_the_newest_run_is_the_one_that_was_written_last(copy):
+    """Whatever its name: a run that went on keeps the name of its first start."""
+    config = read_checkpoint(checkpoints(copy)[0])["config"]
+    other = shutil.copytree(copy, copy.parent / "z-another-name")
+    for seconds, expected in ((10, other), (-10, copy)):
+        os.utime(other, (time.time() + seconds,) * 2)
+        assert train_gpt2.newest(copy.parent, config)["path"] == str(checkpoints(expected)[-1])
 
 
 def flipped_seed(path: Path) -> bytes:
@@ -336,6 +354,13 @@ def nested(depth: int = 300) -> list:
     return found
 
 
+def deep_tuple():
+    found = ()
+    for _ in range(300):
+        found = (found,)
+    return found
+
+
 SPOIL = {
     "config is a list": lambda s: s.update(config=[]),
     "a setting is no text": lambda s: s["config"].update(steps=0),
@@ -345,6 +370,11 @@ SPOIL = {
     "a setting is unknown": lambda s: s["config"].update(magic="1"),
     "a setting is missing": lambda s: s["config"].pop("smear"),
     "a setting is a list in itself": lambda s: s["config"].update(preset=nested()),
+    "the name of a setting is nested": lambda s: s["config"].update({deep_tuple(): "1"}),
+    "the name of a shard is nested": lambda s: s["shards"]["train"].update({deep_tuple(): [1]}),
+    "the dtype is not settled": lambda s: s["config"].update(dtype="auto"),
+    "seconds are no number": lambda s: s.update(seconds=math.nan),
+    "seconds before the run": lambda s: s.update(seconds=-1e300),
     "no step": lambda s: s.pop("step"),
     "a step is a word": lambda s: s.update(step="x"),
     "seconds are missing": lambda s: s.update(seconds=None),
@@ -397,12 +427,14 @@ def test_models_for_evaluation_are_checked(finished, tmp_path):
 # ---- the disk, the clock, the log ------------------------------------------------------------------------------------
 
 
-def test_a_full_disk_keeps_the_earlier_checkpoint(corpus, tmp_path, capsys):
+@pytest.mark.parametrize("everywhere", [True, False])
+def test_a_full_disk_keeps_the_earlier_checkpoint(corpus, tmp_path, capsys, monkeypatch, everywhere):
     settings = command(corpus, base=STAGES, out=tmp_path / "logs", save_every=4)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     save = train_gpt2.save
 
     def limited(path, saved):
-        if saved["step"] == 8:
+        if saved["step"] == 8 and (everywhere or "logs" in path.parts):
             limits = resource.getrlimit(resource.RLIMIT_FSIZE)
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
@@ -412,11 +444,16 @@ def test_a_full_disk_keeps_the_earlier_checkpoint(corpus, tmp_path, capsys):
                 resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         return save(path, saved)
 
-    train_gpt2.save = limited
-    try:
-        said = refused(settings, capsys)
-    finally:
-        train_gpt2.save = save
+    monkeypatch.setattr(train_gpt2, "save", limited)
+    if not everywhere:
+        main(settings)
+        elsewhere = tmp_path / only_run(tmp_path / "logs").name
+        assert f"saved as {elsewhere / 'checkpoint_0000008.pt'}" in capsys.readouterr().out
+        monkeypatch.undo()
+        main([*settings, "--resume", str(elsewhere)])
+        assert len(list(tmp_path.glob("logs/*/model.pt"))) == 2
+        return
+    said = refused(settings, capsys)
     assert "cannot" in said and len(said.strip().splitlines()) == 1
     run = only_run(tmp_path / "logs")
     assert [path.name for path in checkpoints(run)] == ["checkpoint_0000004.pt"] and not list(run.glob("*.partial"))
@@ -432,14 +469,14 @@ def test_room_is_looked_for_at_the_start_and_at_the_end(corpus, tmp_path, monkey
     save = train_gpt2.save
 
     def full(path, saved):
-        if path.name == "model.pt":
+        if path.name == "model.pt" and "logs2" in path.parts:
             raise OSError(28, "No space left on device")
         save(path, saved)
 
     monkeypatch.setattr(train_gpt2, "save", full)
     main(command(corpus, out=tmp_path / "logs2", steps=2))
-    model = tmp_path / f"{only_run(tmp_path / 'logs2').name}.pt"
-    assert train_gpt2.load_model(model)[1]["step"] == 2 and model.name in capsys.readouterr().out
+    model = tmp_path / only_run(tmp_path / "logs2").name / "model.pt"
+    assert train_gpt2.load_model(model)[1]["step"] == 2 and str(model) in capsys.readouterr().out
 
 
 def test_the_clock_counts_training_only(corpus, tmp_path, monkeypatch):

@@ -529,3 +529,17 @@ def test_parquet(tmp_path):
                         (write("other.parquet", ["good"], "body"), "body"), (tmp_path / "broken.parquet", "Parquet")):
         line = refused(text_script.main, path, "--out", tmp_path / "new")
         assert str(path) in line and fault in line and not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("out", ["~/shards", "./~root"])
+def test_a_tilde_means_what_it_means_in_the_shell(tmp_path, monkeypatch, capsys, out):
+    """Quoted, the home folder; after ./, a name. What is printed finds it."""
+    home = tmp_path / "home"
+    (home / "here").mkdir(parents=True)
+    (home / "t.txt").write_text("to be or not to be\n" * 500)
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(home / "here")
+    text_script.main(["~/t.txt", "--out", out])
+    assert (home / "shards").exists() == (out == "~/shards")
+    words = shlex.split(capsys.readouterr().out.splitlines()[-1])
+    assert glob.glob(os.path.expanduser(words[words.index("--train-files") + 1]))

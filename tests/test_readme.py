@@ -101,8 +101,8 @@ def assert_run_sh_trains_and_goes_on(copy):
 
 SLOW = (  # what they do at length has tests of its own
     "./run.sh check", "python records/timing.py --preset tiny", "python records/kernels.py --preset tiny",
-    "python records/timing.py --memory-only true --gpu-memory 24", "python records/parts.py", "python records/pictures.py",
-    "./run.sh doctor")
+    "python records/timing.py --memory-only true --gpu-memory 24", "python records/parts.py",
+    "python records/pictures.py", "./run.sh doctor")
 
 
 @pytest.mark.parametrize("command", [pytest.param(command, marks=[pytest.mark.slow] * (command in SLOW))
