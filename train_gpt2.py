@@ -1303,8 +1303,10 @@ def quantised(x, unit, dtype):
     return narrow, narrow.mT.contiguous()
 
 
-def float8_product(a, b, unit, dtype, fast=False):
-    """(m, k) x (n, k)^T of contiguous float8 -> (m, n), times `unit`."""
+def product(a, b, unit, dtype, fast=False):
+    """(m, k) x (n, k)^T -> (m, n) in `dtype`; of float8, which is contiguous, times `unit`."""
+    if a.dtype.itemsize > 1:
+        return (a @ b.mT).to(dtype)
     one = torch.ones((), device=a.device)
     return torch._scaled_mm(a, b.mT, scale_a=one * unit, scale_b=one, out_dtype=dtype,
                             use_fast_accum=fast)
@@ -1335,8 +1337,7 @@ def chunk_losses(z, targets, weights, cap):
 
 
 def chunk_gradient(z, normaliser, targets, weights, cap, float8):
-    """(n, V), (n, 1), (n, k) -> the gradient of the weighted loss by z, (n, V); in float8, also its
-    transpose."""
+    """(n, V), (n, 1), (n, k) -> the gradient of the weighted loss by z, (n, V), and its transpose."""
     logits, derivative = softcap(z.to(wide(z.dtype)), cap, BIT)
     token = torch.arange(z.shape[1], dtype=torch.int32, device=z.device)
     columns = targets.int().split(1, dim=1)
@@ -1347,7 +1348,8 @@ def chunk_gradient(z, normaliser, targets, weights, cap, float8):
     gradient = gradient * derivative
     if float8:
         return quantised(gradient, GRADIENT_UNIT / BIT, torch.float8_e5m2)
-    return (gradient * BIT).to(z.dtype), None
+    gradient = (gradient * BIT).to(z.dtype)
+    return gradient, gradient.mT
 
 
 class ChunkedLoss(torch.autograd.Function):
@@ -1358,35 +1360,30 @@ class ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, head, targets, weights, model, with_gradient):
         config, dtype, float8 = model.config, hidden.dtype, model.float8 and with_gradient
-        if float8:
-            narrow, transposed = model.run_quantised(head, HEAD_UNIT, torch.float8_e4m3fn)
-        else:
-            narrow = head.to(dtype)
+
+        def both_ways(x, unit):
+            """For products over its last axis, and over its first."""
+            if float8:
+                return model.run_quantised(x, unit, torch.float8_e4m3fn)
+            return x.to(dtype), x.to(dtype).mT
+
+        head_rows, head_columns = both_ways(head, HEAD_UNIT)
         by_hidden, by_head = [], None
         total, next_token = torch.zeros((2,), dtype=wide(dtype), device=hidden.device)
         chunks = zip(hidden.split(config.loss_chunk), targets.split(config.loss_chunk), strict=True)
         for chunk, wanted in chunks:
-            z = gradient = transposed_gradient = None  # the memory of the chunk before is free for this one
-            if float8:  # all three products
-                chunk, chunk_transposed = model.run_quantised(chunk, HIDDEN_UNIT, torch.float8_e4m3fn)
-                z = float8_product(chunk, narrow, HIDDEN_UNIT * HEAD_UNIT, dtype, fast=True)
-            else:
-                z = chunk @ narrow.mT
+            z = rows = columns = None  # the memory of the chunk before is free for this one
+            hidden_rows, hidden_columns = both_ways(chunk, HIDDEN_UNIT)
+            z = product(hidden_rows, head_rows, HIDDEN_UNIT * HEAD_UNIT, dtype, fast=True)
             loss, next_loss, normaliser = model.run_losses(z, wanted, weights, config.softcap)
             total += loss
             next_token += next_loss
             if not with_gradient:
                 continue
-            gradient, transposed_gradient = model.run_gradient(
-                z, normaliser, wanted, weights, config.softcap, float8)
-            if float8:
-                by_hidden.append(float8_product(gradient, transposed, GRADIENT_UNIT * HEAD_UNIT, dtype))
-                product = float8_product(
-                    transposed_gradient, chunk_transposed, GRADIENT_UNIT * HIDDEN_UNIT, total.dtype)
-            else:
-                by_hidden.append(gradient @ narrow)
-                product = (gradient.mT @ chunk).to(total.dtype)
-            by_head = product if by_head is None else by_head.add_(product)
+            rows, columns = model.run_gradient(z, normaliser, wanted, weights, config.softcap, float8)
+            by_hidden.append(product(rows, head_columns, GRADIENT_UNIT * HEAD_UNIT, dtype))
+            part = product(columns, hidden_columns, GRADIENT_UNIT * HIDDEN_UNIT, total.dtype)
+            by_head = part if by_head is None else by_head.add_(part)
         if with_gradient:
             ctx.save_for_backward(torch.cat(by_hidden), by_head.to(head.dtype))
         ctx.mark_non_differentiable(next_token)
