@@ -1639,35 +1639,33 @@ def optimizer_groups(model, processes):
             kind += ".late" if int(words[1]) >= config.layers // 2 else ".early"
         members.setdefault(name if kind == "value_tables" else kind, []).append(p)
 
-    factors = (("mlp", (MLP_RATIO**0.5, config.down_scale)), ("qk", (1.0,)), ("vo", (1.0,)))
-    early, late = ([(f"{kind}.{depth}", 2, {f"{kind}.{depth}": factor}) for kind, factor in factors]
-                   for depth in ("early", "late"))  # factors on the updates of a parameter's matrices
+    factors = {"mlp": (MLP_RATIO**0.5, config.down_scale), "qk": (1.0,), "vo": (1.0,)}  # on updates
+    early, late = ({f"{kind}.{depth}": factors[kind] for kind in factors} for depth in ("early", "late"))
+    tables = {name: config.adam_tables for name in reversed(members) if "value_tables" in name}
     gates, (rate, *betas, decay) = config.adam_gates, config.adam_gates
     mixing, scalars = config.adam_mixing, config.adam_scalars
-    plan = (  # name, axes of an item, and the settings of each kind of parameter
-        ("head", 1, {"head": config.adam_head}),
-        *late,
-        *((name, 1, {name: config.adam_tables}) for name in reversed(members) if "value_tables" in name),
-        ("bigram_table", 1, {"bigram_table": config.adam_tables}),
-        ("embedding", 1, {"embedding": config.adam_embedding}),
-        *early,
-        ("small", 0, {
+    plan = {  # factors for Muon; Adam's rate, betas, decay of a table, or of each kind of small parameters
+        "head": config.adam_head, **late, **tables, "bigram_table": config.adam_tables,
+        "embedding": config.adam_embedding, **early,
+        "small": {
             "attention_gate": gates, "value_gate": gates, "residual": config.adam_residual,
             "output": mixing, "x0_mix": mixing, "bigram_mix": mixing, "xsa": mixing, "in_scale": scalars,
             "out_scale": scalars, "value_mix": scalars, "smear_mix": scalars, "skip_mix": scalars,
-            "smear_gate": (0.01 * rate, *betas, 0.0), "skip_gate": (0.05 * rate, *betas, 0.0)}),  # (#55)
-        ("mudd", 0, {"mudd_in": (rate / 4, *betas, decay), "mudd_out": (rate / 4, *betas, decay),
-                     "mudd_bias": (rate / 4, *betas, 0.0)}))
-    groups = []
-    for name, axes, settings in plan:
-        found = [(p, settings[kind]) for kind in settings for p in members.pop(kind, ())]
+            "smear_gate": (0.01 * rate, *betas, 0.0), "skip_gate": (0.05 * rate, *betas, 0.0)},  # (#55)
+        "mudd": {"mudd_in": (rate / 4, *betas, decay), "mudd_out": (rate / 4, *betas, decay),
+                 "mudd_bias": (rate / 4, *betas, 0.0)}}
+    groups = {}
+    for name, settings in plan.items():
+        small = type(settings) is dict
+        kinds = settings if small else {name: settings}
+        found = [(p, kinds[kind]) for kind in kinds for p in members.pop(kind, ())]
         if found:
-            optimizer = Muon if axes == 2 else Adam
-            groups.append(optimizer(name, axes, *zip(*found, strict=True), model, processes))
+            optimizer, axes = (Muon, 2) if name in early | late else (Adam, 1 - small)
+            groups[name] = optimizer(name, axes, *zip(*found, strict=True), model, processes)
     assert not members, f"parameters without a group: {[*members]}"
-    for group in groups if processes.world > 1 else ():
+    for group in groups.values() if processes.world > 1 else ():
         dist.broadcast(group.weights, 0)
-    return {group.name: group for group in groups}
+    return groups
 
 
 def untie(groups):
