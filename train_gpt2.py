@@ -268,16 +268,17 @@ PRESETS = {
         adam_embedding=(0.6, 0.9, 0.95, 0.0), adam_head=(0.008, 0.9, 0.95, 0.0),
         adam_mixing=(0.04, 0.9, 0.95, 0.0), adam_scalars=(0.04, 0.9, 0.95, 0.0), adam_epsilon=1e-8),
     "tiny": dict(  # what a minute on a CPU has use for
-        without=("documents", "attention-free", "short-windows", "yarn", "attention-gates", "attention-mix",
-         "gated-skip", "multi-token", "tied-head", "first-weights", "adam-every-other", "rate-levels",
-         "attention-source", "mudd", "xsa", "bigram-signs", "prefix-loss", "sublayer-mixing"),
+        without=(
+            "documents", "attention-free", "short-windows", "yarn", "attention-gates", "attention-mix",
+            "gated-skip", "multi-token", "tied-head", "first-weights", "rate-levels",
+            "attention-source", "mudd", "xsa", "bigram-signs", "prefix-loss", "sublayer-mixing"),
         train_files="data/text/text_train_*.bin", val_files="data/text/text_val_*.bin",
-             shuffle=True, document_tokens=(2048,), steps=640, tokens_per_step=(1024,),
-             row_tokens=(128,), val_every=40, val_tokens=131_072, val_row_tokens=128, layers=3,
-             heads=2, width=128, window=(128,), paired_layers=(0,), value_layers=(0, 2), bigram=16,
-             softcap=(30.0, 30.0, 0.0), down_scale=1.0, muon_lr=0.08,
-             muon_momentum=0.8, muon_momentum_start=0.8, adam_embedding=(0.6, 0.65, 0.95, 0.0),
-             adam_head=(0.008, 0.65, 0.95, 0.0), adam_tables=(0.3, 0.65, 0.95, 0.0), cooldown=0.8),
+        shuffle=True, document_tokens=(2048,), steps=640, tokens_per_step=(1024,), row_tokens=(128,),
+        val_every=40, val_tokens=131_072, val_row_tokens=128, layers=2, heads=2, width=128,
+        window=(128,), paired_layers=(0,), value_layers=(0, 1), bigram=16,
+        softcap=(30.0, 30.0, 0.0), down_scale=1.0, muon_lr=0.08, muon_momentum=0.8,
+        muon_momentum_start=0.8, adam_embedding=(0.6, 0.65, 0.95, 0.0),
+        adam_head=(0.008, 0.65, 0.95, 0.0), adam_tables=(0.3, 0.65, 0.95, 0.0), cooldown=0.8),
     "gpt2-medium": dict(  # a larger size of gpt2; not proven
         steps=4740, layers=16, heads=8, width=1024, paired_layers=(0, 3, 7, 14), attention_free=(9,),
         short_layers=(0, 1, 2, 3, 5, 6, 7, 8, 10, 11, 12, 13, 14), value_layers=(1, 2, 13, 14, 15),
@@ -973,7 +974,8 @@ class Block(nn.Module):
             self.qk = matrices(2 * config.heads // together, together * channels, config.attention_init)
             self.vo = matrices(1, config.width, config.attention_init, config.output_init)  # value, output
         self.mlp = matrices(1, MLP_RATIO * config.width, config.mlp_init, 0.0)  # up, down transposed
-        # Weights of the stream, by sublayer or once, and of what a sublayer adds to it.
+        # Weights of the stream, by sublayer or once, and of what a sublayer adds to it: of attention the
+        # first, of the MLP the last one.
         dynamic, first = config.mudd and layer == config.layers - 1, config.residual_init
         each = [1 + self.attends] if config.mixing == "sublayers" else []
         self.residual = scalar(*each, first=first, used=not dynamic and config.mixing != "none")
@@ -1012,23 +1014,28 @@ class Block(nn.Module):
             x, injected = self.residual * x + injected, None
         normed = rms_norm(x if source is None else source, self.epsilon)
         added = self.added_to_values(normed, value_embedding)
-        if self.mudd is not None:  # MUDD: all these weights depend on the token
-            (of_values, of_stream, of_halves, (residual, output), (of_x0, of_bigram),
-             of_mlp) = self.mudd(x)
-            streams = shared.x0, source, x
-            halves = torch.cat(of_halves, dim=-1).repeat_interleave((self.heads + 1) // 2, dim=-1)
-            added = 0 if added is None else halves[..., :self.heads, None] * added
-            added = added + weighted_sum(of_values, streams).unflatten(-1, (self.heads, -1))
-            x = x + weighted_sum(of_stream, streams)
-            injected = of_x0 * shared.x0
-            if shared.bigram is not None:
-                injected = injected + on_first(of_bigram * shared.bigram, x.shape[-1])
+        if self.mudd is not None:
+            x, added, injected, (residual, output), of_mlp = self.mix_by_token(x, shared, source, added)
         if self.attends:
             attended, value = self.attend(normed, shared, mask, added, first_value)
             x = mixed(x, attended, residual, output)
         if injected is not None:
             x = x + injected
         return x, value if self.gives_values else None, of_mlp
+
+    def mix_by_token(self, x, shared, source, added):
+        """MUDD (#81): the weights of all that meets in this layer depend on the token. Returns the stream, what
+        is added to values and what after attention; weights of the stream and of what attention makes of
+        it; the same of the MLP."""
+        of_values, of_stream, of_halves, of_attention, (of_x0, of_bigram), of_mlp = self.mudd(x)
+        streams = shared.x0, source, x
+        halves = torch.cat(of_halves, dim=-1).repeat_interleave((self.heads + 1) // 2, dim=-1)
+        added = 0 if added is None else halves[..., :self.heads, None] * added
+        added = added + weighted_sum(of_values, streams).unflatten(-1, (self.heads, -1))
+        injected = of_x0 * shared.x0
+        if shared.bigram is not None:
+            injected = injected + on_first(of_bigram * shared.bigram, x.shape[-1])
+        return x + weighted_sum(of_stream, streams), added, injected, of_attention, of_mlp
 
     def skip_share(self, x0, dtype):
         """Of an earlier output that is added to the stream: () or, gated by x0, (R, T, 1) (#45, #55)."""
@@ -1834,18 +1841,18 @@ def training_loop(model, groups, data, processes, log, progress, received):
     """All steps that are left, with their validations and checkpoints. Raises UserError for numbers
     that are not finite, and SystemExit, 128 + its number, after a signal, which `received` holds."""
     config, first = model.config, progress.step
-    save_every = -(-config.save_every // config.adam_every) * config.adam_every
+    save_every = -(-config.save_every // config.adam_every) * config.adam_every  # when Adam has updated
     batches = step_batches(data.train, config, processes)
     for _ in range(first):  # of a run that goes on
         next(batches)
     batches, clock = prefetched(batches, processes.device), Clock(processes, progress.seconds)
     reports = Reports(groups, data.train, processes, log, clock)
     for step in range(first, config.steps + 1):
-        resumable = first < step < config.steps and step % config.adam_every == 0  # Adam is done
-        stopping = resumable and reports.signal > 0
-        saving = stopping or resumable and save_every > 0 and step % save_every == 0
-        regular = step in (0, config.steps) or config.val_every > 0 and step % config.val_every == 0
-        validating = regular and not stopping
+        may_save = first < step < config.steps and step % config.adam_every == 0
+        stopping = may_save and reports.signal > 0
+        saving = stopping or may_save and save_every > 0 and step % save_every == 0
+        validating = not stopping and (
+            step in (0, config.steps) or config.val_every > 0 and step % config.val_every == 0)
         if validating or saving:
             reports.read()
             with clock.stopped():
@@ -2173,7 +2180,7 @@ def for_device(config, processes):
 
     has_float8 = on_gpu and torch.cuda.get_device_capability() >= (8, 9)
     fits = config.dtype == "bfloat16" and config.width % 16 == config.loss_chunk % 16 == 0
-    float8 = config.head_dtype == "float8"
+    float8 = {"float8": True, "wide": False, "auto": has_float8 and fits}[config.head_dtype]
     if float8 and not (fits and has_float8 >= on_gpu):  # a CPU can, exactly and slowly
         raise UserError(
             "--head-dtype float8 takes a GPU that has it, --dtype bfloat16, --width and "
@@ -2188,7 +2195,7 @@ def for_device(config, processes):
             raise UserError(
                 f"{processes.world} processes cannot share the {rows} rows of a step; start as many "
                 "as divide them, or give other --tokens-per-step")
-    return config, float8 or config.head_dtype == "auto" and has_float8 and fits, compiled
+    return config, float8, compiled
 
 
 # --------------------------------------------------------------------------------------------------
