@@ -345,7 +345,7 @@ WIDTH = 4  # of the band to each side, in standard deviations
 # (share of the run, how many times wider runs spread before it): as public logs show for a batch of one size (records
 # 14, 39, 40) and for one that grows (61, 62, 89).
 CONSTANT, GROWING = ((0.2, 6), (0.5, 3), (1.1, 1)), ((0.5, 12), (0.75, 4), (1.1, 2))
-OWN_RUNS = HERE / "2026-11-24_hundred-second_tiny_2-core_cpu"  # what `tiny` is compared with
+OWN_RUNS = HERE / "2026-11-26_tiny_two_layers_2-core_cpu"  # what `tiny` is compared with
 
 
 def reference_curves() -> dict[str, list[dict]]:

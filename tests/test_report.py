@@ -262,7 +262,7 @@ def test_step_1000_of_1375_tells_the_end(tmp_path, capsys, loss, status, words):
 
 def test_tiny_is_compared_with_the_runs_kept_here_or_with_ones_own(tmp_path, capsys):
     for seed in (10, 11, 12):
-        assert say(capsys, "band", HUNDRED / f"seed{seed}")[0] == 0
+        assert say(capsys, "band", report.OWN_RUNS / f"seed{seed}")[0] == 0
     own = write_set(tmp_path / "own", [3.30, 3.31, 3.29], muon_lr=2)
     for words in ([FIVE / "seed0"], [FIVE / "seed0", "--against", HUNDRED], [own / "run0", "--against", own / "run0"]):
         refused(capsys, "band", *words)
