@@ -196,7 +196,7 @@ class Config(Recipe):
     train_files: Text = "data/fineweb10B/fineweb_train_*.bin"  # training shards, by name
     val_files: Text = "data/fineweb10B/fineweb_val_*.bin"  # validation shards
     out: Text = "logs"  # folder in which the run's own folder is made
-    save_every: Whole = 0  # updates between checkpoints; 0: when the run is stopped
+    save_every: Whole = 0  # updates between checkpoints, whole --adam-every; 0: when stopped
     keep: Count = 2  # newest checkpoints that are kept
     resume: Text = "none"  # none, a checkpoint or run folder, auto: this recipe's newest
     device: one_of("auto", "cpu", "cuda") = "auto"  # auto: the GPU if there is one
