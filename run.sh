@@ -21,7 +21,9 @@ if [[ "${1:-}" == -h || "${1:-}" == --help ]]; then
 fi
 
 # An environment that is active is used as it is given; without one, .venv is made beside this file.
+activate=""  # what the user's shell lacks for the commands at the end
 if [[ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]]; then
+    activate=". $([[ "$from" == "$PWD" ]] || printf '%q/' "$PWD").venv/bin/activate; "
     if [[ ! -x .venv/bin/python ]]; then
         say "making the Python environment .venv"
         python3 -m venv .venv
@@ -94,7 +96,7 @@ for word in "$@"; do  # an option, its value, or option=value; relative files ar
         here=$from
         [[ "$option" != *files ]] || here=${from//\[/[[]}  # a bracket is meant as one
         [[ "$text" == /* || "$text" == "~"* ]] || word=${word%"$text"}$here/$text
-        case "$option" in --train*) files=$text ;; --resume) resume=$text ;; esac ;;
+        case "$option" in --train* | --val*) files=$text ;; --resume) resume=$text ;; esac ;;
     esac
     words+=("$word")
 done
@@ -144,6 +146,6 @@ if python -c 'import matplotlib' 2>/dev/null && python records/report.py plot "$
 else
     say "a picture of its loss: pip install matplotlib; python records/report.py plot loss.png $shown"
 fi
-say "next: python evals/sample.py $shown --prompt TEXT"
+say "next: ${activate}python evals/sample.py $shown --prompt TEXT"
 say "      python data/text.py YOUR-TEXT --out data/mine"
 say "      pip install safetensors; python evals/export.py $shown"

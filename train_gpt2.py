@@ -196,7 +196,7 @@ class Config(Recipe):
     train_files: Text = "data/fineweb10B/fineweb_train_*.bin"  # training shards, by name
     val_files: Text = "data/fineweb10B/fineweb_val_*.bin"  # validation shards
     out: Text = "logs"  # folder in which the run's own folder is made
-    save_every: Whole = 0  # updates between checkpoints, whole --adam-every; 0: when stopped
+    save_every: Whole = 0  # updates between checkpoints, rounded up to Adam's; 0: when stopped
     keep: Count = 2  # newest checkpoints that are kept
     resume: Text = "none"  # none, a checkpoint or run folder, auto: this recipe's newest
     device: one_of("auto", "cpu", "cuda") = "auto"  # auto: the GPU if there is one
@@ -1821,8 +1821,9 @@ def open_data(config):
                             f"more: {shard_command(stream.pattern)}")
     if not config.repeat and not holds_run(train, config):
         cut = config.long_documents == "drop"
-        raise UserError(f"{train.pattern} has {train.tokens:,} tokens, the run reads "
-                        f"{tokens_until(config.steps, config) + 1:,}{' and what it cuts off' * cut}; make more "
+        raise UserError(f"{train.pattern} has {train.tokens:,} tokens, too few for the "
+                        f"{tokens_until(config.steps, config) + 1:,} that the run reads"
+                        f"{' besides the cut parts of documents' * cut}; make more "
                         f"({shard_command(train.pattern)}), or give --repeat true, or fewer --steps"
                         + ", or --long-documents continue" * cut)
     for stage in range(STAGES + 1) if config.shuffle else ():  # the first row is the first to end
@@ -2005,7 +2006,7 @@ def make_parser():
     techniques = [f"  {name:18} {notes[name]}" for name in TECHNIQUES]
     parser = Parser(
         usage="python train_gpt2.py [--preset NAME] [--SETTING VALUE] ...",
-        description=__doc__.split("\n\nPart I")[0],
+        description=__doc__.split("\n\nPart I")[0] + "\n\nIn parentheses: the values of gpt2.",
         epilog="\n".join(["techniques:", *techniques]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS, allow_abbrev=False)
@@ -2034,9 +2035,9 @@ def parse_command_line(arguments):
         if name not in there:
             raise UserError(f"--without {name}: this recipe has only {', '.join(there)}")
     values = turned_off(values, without)
-    if "train_files" in given:
-        beside = re.sub("train(?=[^/]*$)", "val", given["train_files"])
-        given.setdefault("val_files", beside)
+    for one, other in (("train", "val"), ("val", "train")):  # shards of one kind stand beside the other
+        if pattern := given.get(f"{one}_files"):
+            given.setdefault(f"{other}_files", re.sub(f"{one}(?=[^/]*$)", other, pattern))
     if "out" in given:
         given["out"] = os.path.expanduser(given["out"])
     return check_config(Config(**values | given))

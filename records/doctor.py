@@ -65,8 +65,11 @@ def graphics(config, gpus):
     if listed == gpus == 0 or config.device == "cpu":
         full = Config(dtype="bfloat16")
         need = timing.needed_memory(full, timing.model_sizes(full, 50257), 1) / GIB
-        return (f"none is used; --preset {config.preset} trains on this CPU; gpt2 needs NVIDIA GPUs, a driver for "
-                f"CUDA 13, and {need:.0f} GiB on one GPU, less with other settings (records/timing.py)")
+        small = config.preset == "tiny"
+        return needs_mending(not small, f"none is used; --preset {config.preset} "
+                             f"{'trains' if small else 'takes days to months'} on this CPU; gpt2 needs NVIDIA GPUs, a "
+                             f"driver for CUDA 13, and {need:.0f} GiB on one GPU, less with other settings "
+                             "(records/timing.py)")
     sees = torch.cuda.device_count()
     needs_mending(sees < listed, f"the driver lists {listed} GPUs, torch {torch.__version__} sees {sees}: unset "
                   "CUDA_VISIBLE_DEVICES, or install a torch for this driver")
