@@ -21,9 +21,10 @@ if [[ "${1:-}" == -h || "${1:-}" == --help ]]; then
 fi
 
 # An environment that is active is used as it is given; without one, .venv is made beside this file.
-activate=""  # what the user's shell lacks for the commands at the end
+first=""  # what the user's shell needs before the commands at the end
+[[ "$from" == "$PWD" ]] || first="cd $(printf %q "$PWD"); "
 if [[ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]]; then
-    activate=". $([[ "$from" == "$PWD" ]] || printf '%q/' "$PWD").venv/bin/activate; "
+    first+=". .venv/bin/activate; "
     if [[ ! -x .venv/bin/python ]]; then
         say "making the Python environment .venv"
         python3 -m venv .venv
@@ -146,6 +147,6 @@ if python -c 'import matplotlib' 2>/dev/null && python records/report.py plot "$
 else
     say "a picture of its loss: pip install matplotlib; python records/report.py plot loss.png $shown"
 fi
-say "next: ${activate}python evals/sample.py $shown --prompt TEXT"
+say "next: ${first}python evals/sample.py $shown --prompt TEXT"
 say "      python data/text.py YOUR-TEXT --out data/mine"
 say "      pip install safetensors; python evals/export.py $shown"
