@@ -2088,7 +2088,7 @@ def check_config(config):
         ("rotary_share", turning and channels % turning, "of channels that divide a head's"),
         ("softcap", config.softcap[0] < 0 or config.softcap[0] and config.softcap[1] <= 0,
          "of h from 0 and r above 0"),
-        ("val_files", config.val_files == config.train_files, "other shards than --train-files: give both"),
+        ("val_files", config.val_files == config.train_files, "other shards than --train-files; data/text.py makes both"),
         ("out", config.out != config.out.encode(errors="ignore").decode(), "a name in UTF-8")]
     for name in ("short_layers", "paired_layers", "attention_free", "value_layers", "xsa_layers",
                  "gated_skip", "attention_source"):
