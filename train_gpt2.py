@@ -979,7 +979,7 @@ class Block(nn.Module):
         dynamic, first = config.mudd and layer == config.layers - 1, config.residual_init
         each = [1 + self.attends] if config.mixing == "sublayers" else []
         self.residual = scalar(*each, first=first, used=not dynamic and config.mixing != "none")
-        self.output = scalar(*each, first=1.0, used=not dynamic and each != [])
+        self.output = scalar(*each, first=1.0, used=not dynamic and each != [])  # folded into matrices
         self.mudd = Mudd((
             (0.0, 0.0, 0.0),  # of x0, source and stream, which are added to values
             (0.0, 0.0, 0.0),  # of the same, added to the stream
@@ -1024,9 +1024,9 @@ class Block(nn.Module):
         return x, value if self.gives_values else None, of_mlp
 
     def mix_by_token(self, x, shared, source, added):
-        """MUDD (#81): the weights of all that meets in this layer depend on the token. Returns the stream, what
-        is added to values and what after attention; weights of the stream and of what attention makes of
-        it; the same of the MLP."""
+        """MUDD (#81): the weights of all that meets in this layer depend on the token. Returns the
+        stream (R, T, D); what is added to values (R, T, H, K), and after attention (R, T, D); the weights
+        (R, T, 1) of the stream and of attention's output, then of the stream and of the MLP's output."""
         of_values, of_stream, of_halves, of_attention, (of_x0, of_bigram), of_mlp = self.mudd(x)
         streams = shared.x0, source, x
         halves = torch.cat(of_halves, dim=-1).repeat_interleave((self.heads + 1) // 2, dim=-1)
@@ -2088,7 +2088,8 @@ def check_config(config):
         ("rotary_share", turning and channels % turning, "of channels that divide a head's"),
         ("softcap", config.softcap[0] < 0 or config.softcap[0] and config.softcap[1] <= 0,
          "of h from 0 and r above 0"),
-        ("val_files", config.val_files == config.train_files, "other shards than --train-files; data/text.py makes both"),
+        ("val_files", config.val_files == config.train_files,
+         "other shards than --train-files; data/text.py makes both"),
         ("out", config.out != config.out.encode(errors="ignore").decode(), "a name in UTF-8")]
     for name in ("short_layers", "paired_layers", "attention_free", "value_layers", "xsa_layers",
                  "gated_skip", "attention_source"):
@@ -2353,15 +2354,15 @@ def check_disk(config, groups, processes):
 
 def save_somewhere(log, name, saved):
     """In the run's folder or, where that takes nothing, among temporary files. Returns the path."""
+    path = log.folder / name
     try:
-        save(log.folder / name, saved)
-        return log.folder / name
+        save(path, saved)
     except (OSError, RuntimeError) as error:
         path = Path(tempfile.gettempdir(), log.folder.name, name)
         path.parent.mkdir(exist_ok=True)
         save(path, saved)
         log.line(f"{one_line(error)}; saved as {path}")
-        return path
+    return path
 
 
 def contents(model, data, progress):
@@ -2544,7 +2545,7 @@ def caught_signals():
             os._exit(128 + number)
         if not received and alone:  # torchrun says so itself
             with contextlib.suppress(OSError):  # print() must not be called within print()
-                os.write(sys.stderr.fileno(), b"\nstopping after this step; Ctrl-C again ends at once\n")
+                os.write(sys.stderr.fileno(), b"\nstopping after this step; one more Ctrl-C ends at once\n")
         received[:] = received or [number]
 
     # The last three are how clusters warn. What nohup ignores stays ignored.

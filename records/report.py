@@ -143,7 +143,8 @@ def read_runs(words: list[str], batch: int = 0, skip: bool = False) -> list[Run]
     """Each run that the words name, once. skip: leave out with a notice what cannot be read."""
     runs: dict[Path, Run | None] = {}
     for word in filter(None, ",".join(words).split(",")):
-        logs = [log.resolve() for path in sorted(glob.glob(os.path.expanduser(word))) or [word] for log in logs_at(Path(path))]
+        paths = sorted(glob.glob(os.path.expanduser(word))) or [word]
+        logs = [log.resolve() for path in paths for log in logs_at(Path(path))]
         for log in logs:
             try:
                 runs[log] = runs[log] if log in runs else read_log(log, batch)
