@@ -11,11 +11,11 @@ Part I is the recipe, in the order in which data flows:
 
 Part II is the machinery: command line, processes, log, checkpoints, clock and signals, errors.
 
-Importing this file does nothing. What is learned lives in the model's parameters and the optimizers'
-buffers; a frozen Config says how, a Progress how far. (#49) is record 49 of the speedrun, which
-brought a technique.
-Shapes: R rows, T tokens of a row, D width, H heads, K = D / H, V vocabulary. An argument that is
-described by a shape is a tensor; `config` is always a Config, `model` a GPT, `step` counts from 0.
+Importing this file does nothing. A run's state is the model's parameters, the optimizers' buffers
+and a Progress; its settings are a frozen Config. (#49) means that record 49 of the speedrun brought
+a technique.
+Shapes: R rows of T tokens, D width, H heads, K = D / H, V vocabulary. An argument given by its shape
+is a tensor; `config` is always a Config, `model` a GPT, `step` counts from 0.
 """
 
 import argparse
@@ -39,11 +39,11 @@ import tempfile
 import time
 import zipfile
 import zlib
-from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from functools import partial
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -56,7 +56,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils.checkpoint import checkpoint as recomputed
 from tqdm import tqdm
 
-try:  # torch brings it for GPUs
+try:  # comes with torch for GPUs
     import triton
     import triton.language as tl
 except ImportError:
@@ -75,14 +75,14 @@ class UserError(SystemExit):
 # ==================================================================================================
 
 # --------------------------------------------------------------------------------------------------
-# Config: what a run can be told, the techniques, and the presets.
+# Config: the settings of a run, its techniques, and the presets.
 
 STAGES = 3  # equal parts of the schedule; the extension after them is one more
 
 
 class Kind(NamedTuple):
-    """What the command line takes for a setting: one of the choices, or a number within the bounds, or as
-    many numbers as `lengths` allows. The comment beside a setting is its help."""
+    """What a setting takes: one of `choices`, a number from `low` to `high`, or as many numbers as
+    `lengths` allows. The comment beside a setting is its help."""
 
     of: type
     low: float = 0
@@ -95,30 +95,37 @@ def one_of(*choices):
     return Kind(str, choices=choices)
 
 
-BY_STAGE = range(1, STAGES + 2)  # values; the last one repeats
-Text, Flag, Number, Whole = Kind(str), Kind(bool, choices=("true", "false")), Kind(float), Kind(int)
-Count, Share, Decay = Kind(int, 1), Kind(float, 0, 1), Kind(float, 0, 0.9999)
-ByStage, Factors = Kind(int, 1, 2**24, BY_STAGE), Kind(float, 0, 1e6, BY_STAGE)
-Layers, Cap = Kind(int, 0, 1000, range(1000)), Kind(float, -1e6, 1e6, range(3, 4))
+BY_STAGE = range(1, STAGES + 2)  # lengths; the last value repeats
+Text = Kind(str)
+Flag = Kind(bool, choices=("true", "false"))
+Number = Kind(float)
+Whole = Kind(int)
+Count = Kind(int, 1)
+Share = Kind(float, 0, 1)
+Decay = Kind(float, 0, 0.9999)
+ByStage = Kind(int, 1, 2**24, BY_STAGE)
+Factors = Kind(float, 0, 1e6, BY_STAGE)
+Layers = Kind(int, 0, 1000, range(1000))
+Cap = Kind(float, -1e6, 1e6, range(3, 4))
 AdamRates = Kind(float, 0, 0.9999, range(4, 5))  # rate, beta1, beta2, decay
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What decides the numbers of a run, up to rounding: a checkpoint keeps to it. The defaults are gpt2:
-    records 1 to 83 and 88, without kernels of their own."""
+    """The settings that decide a run's numbers, up to rounding; a checkpoint keeps them. The
+    defaults are gpt2: records 1 to 83 and 88, without their custom kernels."""
 
     preset: Text = "gpt2"  # gpt2, five-minute, tiny, gpt2-medium or gpt2-xl: where settings start
     steps: Count = 1375  # updates in all; schedules stretch with them
-    seed: Kind(int, 0, 2**63 - 1) = 0  # of the first weights and of the shuffle
+    seed: Kind(int, 0, 2**63 - 1) = 0  # of initial weights and shuffling
     # data
     repeat: Flag = False  # start over when the training shards are used up
-    shuffle: Flag = False  # take rows from all over the shards, each once per epoch
-    long_documents: one_of("drop", "continue") = "drop"  # the rest of a document that is cut
-    document_tokens: Kind(int, 0, 2**24, BY_STAGE) = (896, 2048)  # longest document; 0: to the row's end
-    tokens_per_step: ByStage = (131_072, 262_144, 393_216)  # batch of an update
+    shuffle: Flag = False  # take rows in random order, each once per epoch
+    long_documents: one_of("drop", "continue") = "drop"  # what to do with the rest of a cut document
+    document_tokens: Kind(int, 0, 2**24, BY_STAGE) = (896, 2048)  # longest document; 0: as long as the row
+    tokens_per_step: ByStage = (131_072, 262_144, 393_216)  # batch size in tokens
     row_tokens: ByStage = (16_384, 32_768, 49_152)  # length of a row
-    extension: Kind(float, 0, 0.9) = 10 / 1375  # share of the steps after the schedule, at the floor
+    extension: Kind(float, 0, 0.9) = 10 / 1375  # last share of the steps, after the schedule, at the floor
     val_every: Whole = 250  # updates between validations; 0: the first and the last
     val_tokens: Count = 10_485_760  # validation tokens, always the first ones
     val_row_tokens: Kind(int, 1, 2**24) = 262_144  # length of a row in validation
@@ -131,84 +138,84 @@ class Recipe:
     window_final: Whole = 2560  # window of the last validation; 0: as in training
     short_layers: Layers = (0, 1, 2, 4, 5, 7, 8, 9)  # layers with the short window
     paired_layers: Layers = (0, 2, 5, 9)  # layers whose heads attend in pairs
-    attention_free: Layers = (6,)  # layers that are an MLP only
-    attention_source: Layers = (7,)  # layer whose output all later ones attend from
-    xsa_layers: Layers = (1, 3, 4, 7, 8, 10)  # layers whose heads leave out their own value
+    attention_free: Layers = (6,)  # layers with an MLP only
+    attention_source: Layers = (7,)  # layer whose output feeds all later attention
+    xsa_layers: Layers = (1, 3, 4, 7, 8, 10)  # layers whose heads leave out the token's own value
     qk_norm: Flag = True  # normalise queries and keys
-    attention_scale: Number = 0.1  # first softmax scale; 0: 1 / sqrt(K)
-    rotary_base: Kind(float, 1) = 1024 ** (32 / 31)  # slowest rotary wavelength / 2 pi
-    rotary_share: Share = 0.5  # share of the channels that rotary turns
-    yarn: Whole = 3  # window changes that rotary and the softmax scale follow
-    key_offset: Flag = True  # long, unpaired layers: still key channels from the token before
-    attention_gates: Flag = True  # each head can close itself
+    attention_scale: Number = 0.1  # initial softmax scale; 0: 1 / sqrt(K)
+    rotary_base: Kind(float, 1) = 1024 ** (32 / 31)  # base of the rotary frequencies
+    rotary_share: Share = 0.5  # share of a head's channels that rotate
+    yarn: Whole = 3  # number of window changes that YaRN adapts to; 0: off
+    key_offset: Flag = True  # long, unpaired layers: unrotated key channels of the token before
+    attention_gates: Flag = True  # a gate on each head's output
     attention_mix: Flag = True  # learned scalars on attention's matrices
     value_layers: Layers = (1, 2, 8, 9, 10)  # layers that add a token embedding to values
-    value_gates: Flag = True  # each head weighs its value embedding
+    value_gates: Flag = True  # a gate on each head's value embedding
     value_residual: Flag = False  # each layer mixes layer 0's values into its own
     bigram: Whole = 15  # rows of the bigram table / vocabulary; 0: none
     bigram_width: Count = 192  # channels of the bigram table
-    bigram_signs: Whole = 8192  # rows of fixed signs on bigrams; 0: none
-    smear: Flag = True  # each embedding takes up some of the one before
+    bigram_signs: Whole = 8192  # rows of fixed random signs on bigrams; 0: none
+    smear: Flag = True  # add to each embedding some of the one before
     mixing: one_of("sublayers", "blocks", "none") = "sublayers"  # where weights mix stream and embedding
-    residual_init: Number = 1.1**0.5  # first weight of the stream in that mixture
-    mudd: Flag = True  # the last layer and the head mix streams token by token
-    gated_skip: Layers = (3, 6)  # FROM,TO: that output is added, gated, before that layer
+    residual_init: Number = 1.1**0.5  # initial weight of the stream in that mixture
+    mudd: Flag = True  # last layer and head mix streams by token-dependent weights
+    gated_skip: Layers = (3, 6)  # FROM,TO: add FROM's output, gated, before layer TO
     unet_skips: Flag = False  # the first half's outputs go to the second half, mirrored
     rms_epsilon: Number = 2.0**-23  # added to the mean square before its root
     softcap: Cap = (11.5, 15.0, 5.0)  # h,r,s: h tanh((z + s) / r); h = 0: off
-    predicted_tokens: Kind(int, 1, 64) = 3  # tokens predicted ahead in stage 0, then one less each
-    prefix_weight: Number = 0.25  # of the loss of the next token's prefix; falls in stage 1
+    predicted_tokens: Kind(int, 1, 64) = 3  # tokens predicted ahead in stage 0; one less per stage
+    prefix_weight: Number = 0.25  # weight of the prefix loss; falls to 0 in stage 1
     tied_until: Kind(float, 0, 0.99) = 2 / 3  # share of the schedule with embedding and head tied
-    attention_init: Number = 0.5  # spread of query, key and value, / sqrt(D)
-    output_init: Number = 0.5  # spread of attention's output, / sqrt(D)
-    mlp_init: Number = 0.5  # spread of the MLP's up matrix, / sqrt(D)
+    attention_init: Number = 0.5  # initial std of query, key and value, * sqrt(D)
+    output_init: Number = 0.5  # initial std of attention's output, * sqrt(D)
+    mlp_init: Number = 0.5  # initial std of the MLP's up matrix, * sqrt(D)
     # optimizers
     muon_lr: Number = 0.023  # Muon's rate, for the matrices of the blocks
     muon_momentum: Decay = 0.95  # momentum in the middle of the run
     muon_momentum_start: Decay = 0.85  # momentum at both ends
-    momentum_warmup: Share = 300 / 1375  # share of the steps in which it rises
-    momentum_cooldown: Share = 50 / 1375  # share of the steps in which it falls
+    momentum_warmup: Share = 300 / 1375  # first share of the steps: momentum rises
+    momentum_cooldown: Share = 50 / 1375  # last share of the steps: momentum falls
     orthogonaliser: one_of("polar-express", "newton-schulz", "none") = "polar-express"  # Muon's iteration
-    qk_heads: Whole = 2  # heads whose queries, or keys, are orthogonalised together; 0: all
+    qk_heads: Whole = 2  # heads per query or key matrix that Muon orthogonalises; 0: all
     normuon_beta2: Decay = 0.9  # decay of NorMuon's mean squares; 0: off
     muon_decay: Number = 1.2  # Muon's cautious weight decay, times rate squared
     down_scale: Number = 4.0  # factor on updates of the MLP's down matrices
-    split_precision: Flag = True  # bfloat16 matrices, 16 low bits in the optimizer
-    adam_embedding: AdamRates = (0.008, 0.5, 0.95, 0.75)  # Adam's rate, betas, decay: embedding, untied
+    split_precision: Flag = True  # bfloat16 matrices, their low bits in the optimizer
+    adam_embedding: AdamRates = (0.008, 0.5, 0.95, 0.75)  # Adam's rate, betas, decay: untied embedding
     adam_head: AdamRates = (0.008, 0.5, 0.95, 0.75)  # Adam: head, and tied embedding
     adam_tables: AdamRates = (0.6, 0.75, 0.95, 0.025)  # Adam: value and bigram tables
-    adam_gates: AdamRates = (0.008, 0.9, 0.99, 0.005)  # Adam: gates; MUDD, a quarter of the rate
+    adam_gates: AdamRates = (0.008, 0.9, 0.99, 0.005)  # Adam: gates; MUDD at a quarter of the rate
     adam_residual: AdamRates = (0.04, 0.9, 0.95, 0.0)  # Adam: weights of the stream
-    adam_mixing: AdamRates = (0.008, 0.9, 0.95, 0.0)  # Adam: weights of what is added to it
+    adam_mixing: AdamRates = (0.008, 0.9, 0.95, 0.0)  # Adam: weights of what the stream adds
     adam_scalars: AdamRates = (0.04, 0.9, 0.99, 0.0)  # Adam: other scalars
     adam_epsilon: Number = 1e-10 / 16_384  # added to the root of the mean squares
     adam_every: Count = 2  # steps whose gradients Adam sums for one update
-    cooldown: Share = 0.6  # last share of the schedule, linear to the floor
-    rate_levels: Factors = (1.0, 1.52, 1.73)  # factor on all rates
-    rate_floor: Number = 0.15  # factor that is left at the end
+    cooldown: Share = 0.6  # last share of the schedule: rates fall to the floor
+    rate_levels: Factors = (1.0, 1.52, 1.73)  # factor on all rates, by stage
+    rate_floor: Number = 0.15  # factor on all rates at the end
     dtype: one_of("auto", "bfloat16", "float32", "float64") = "auto"  # auto: bfloat16 if fast
 
 
 @dataclass(frozen=True)
 class Config(Recipe):
-    """A recipe, and where and how it runs: that may change when a checkpoint goes on."""
+    """A recipe, and where and how it runs, which may change when a run is resumed."""
 
-    train_files: Text = "data/fineweb10B/fineweb_train_*.bin"  # training shards, by name
+    train_files: Text = "data/fineweb10B/fineweb_train_*.bin"  # training shards, in name order
     val_files: Text = "data/fineweb10B/fineweb_val_*.bin"  # validation shards
-    out: Text = "logs"  # folder in which the run's own folder is made
+    out: Text = "logs"  # parent of the run's own folder
     save_every: Whole = 0  # updates between checkpoints, rounded up to Adam's; 0: when stopped
-    keep: Count = 2  # newest checkpoints that are kept
+    keep: Count = 2  # newest checkpoints to keep
     resume: Text = "none"  # none, a checkpoint or run folder, auto: this recipe's newest
     device: one_of("auto", "cpu", "cuda") = "auto"  # auto: the GPU if there is one
-    head_dtype: one_of("auto", "float8", "wide") = "auto"  # head's products; auto: float8 on new GPUs
+    head_dtype: one_of("auto", "float8", "wide") = "auto"  # head's matmuls; auto: float8 on new GPUs
     compile: one_of("auto", "none") = "auto"  # auto: torch.compile on a GPU
-    micro_tokens: Whole = 0  # of a forward pass, at least a row; 0: 65536 on a GPU, 1024 on a CPU
-    recompute: Flag = False  # recompute activations in backward, for small memories
+    micro_tokens: Whole = 0  # tokens per forward pass, at least a row; 0: 65536 on a GPU, 1024 on a CPU
+    recompute: Flag = False  # recompute activations in backward, to save memory
     loss_chunk: Count = 16_384  # tokens whose logits are held at once
-    timeout: Kind(int, 1, 86_400) = 300  # seconds of waiting for another process
+    timeout: Kind(int, 1, 86_400) = 300  # seconds to wait for another process
 
 
-TECHNIQUES = {  # the settings that turn each off; records that had it, and why
+TECHNIQUES = {  # the settings that turn each off; (its records) why it helps
     "unet-skips": {"unet_skips": False},  # (11) late layers see the first half's outputs
     "qk-norm": {"qk_norm": False},  # (before 12) attention's logits stay bounded
     "x0-shortcut": {"mixing": "none"},  # (before 12) deep blocks see the embedding
@@ -221,28 +228,28 @@ TECHNIQUES = {  # the settings that turn each off; records that had it, and why
     "attention-free": {"attention_free": ()},  # (17) one layer does well without attention
     "half-rotary": {  # (17) half of the channels match by content alone
         "rotary_base": 10_000.0, "rotary_share": 1.0},
-    "softcap": {"softcap": (0.0, 1.0, 0.0)},  # (before 12, 18 54) no logit can be too sure
-    "first-weights": {  # (19 53 64) all start small, outputs not at zero
+    "softcap": {"softcap": (0.0, 1.0, 0.0)},  # (before 12, 18 54) the head's logits stay bounded
+    "first-weights": {  # (19 53 64) weights start small, outputs not at zero
         "attention_init": 3**-0.5, "output_init": 0.0, "mlp_init": 3**-0.5},
-    "float8-head": {"head_dtype": "wide"},  # (19 51 55) the largest products at twice the speed
+    "float8-head": {"head_dtype": "wide"},  # (19 51 55) the largest matmuls at twice the speed
     "short-windows": {"short_layers": ()},  # (20) most layers need half the window
-    "documents": {  # (26 29 72) rows begin with a document, long ones are cut
+    "documents": {  # (26 29 72) rows begin with a document; long documents are cut
         "long_documents": "continue", "document_tokens": (0,)},
     "attention-gates": {"attention_gates": False},  # (28) a head that finds nothing is silent
-    "yarn": {  # (31 33) wavelengths and softmax follow the window
+    "yarn": {  # (31 33) rotary and softmax scale follow the window
         "yarn": 0, "attention_scale": 0.0, "window_final": 0},
-    "smear": {"smear": False},  # (34) the token before, without attention
+    "smear": {"smear": False},  # (34) each token sees the one before without attention
     "polar-express": {"orthogonaliser": "newton-schulz"},  # (38) updates nearer to orthogonal
     "adam-every-other": {"adam_every": 1},  # (39) half of Adam's work and traffic
     "normuon": {"normuon_beta2": 0.0},  # (41 42 46 48 78) the rows of an update are of one size
     "muon-decay": {"muon_decay": 0.0},  # (43) weights shrink where updates shrink them
-    "gated-skip": {"gated_skip": ()},  # (45 55) one early output, where it helps
+    "gated-skip": {"gated_skip": ()},  # (45 55) a late layer sees an early output
     "rate-levels": {"rate_levels": (1.0,)},  # (46 53) rates grow with the batch
     "attention-mix": {"attention_mix": False},  # (47 48) attention learns its own scale
     "key-offset": {"key_offset": False},  # (49 62) one layer finds what followed a token
     "tied-head": {"tied_until": 0.0},  # (50 51 53 57) embedding and head learn as one, then part
     "multi-token": {"predicted_tokens": 1},  # (53) early training looks further ahead
-    "value-gates": {"value_gates": False},  # (55 70) heads choose how much token they want
+    "value-gates": {"value_gates": False},  # (55 70) heads weigh their value embedding
     "split-precision": {"split_precision": False},  # (57) matrices move as bfloat16
     "paired-heads": {"paired_layers": ()},  # (58) two heads share their keys
     "bigrams": {"bigram": 0},  # (62) pairs of tokens have an embedding
@@ -251,9 +258,9 @@ TECHNIQUES = {  # the settings that turn each off; records that had it, and why
     "attention-source": {"attention_source": ()},  # (77) late layers attend from one earlier stream
     "paired-orthogonalising": {"qk_heads": 0},  # (80) heads are updated two by two
     "mudd": {"mudd": False},  # (81) the last mixtures depend on the token
-    "xsa": {"xsa_layers": ()},  # (82) attention adds what the token does not know
+    "xsa": {"xsa_layers": ()},  # (82) attention adds only what the token lacks
     "bigram-signs": {"bigram_signs": 0},  # (83) signs tell bigrams that share a row apart
-    "prefix-loss": {"prefix_weight": 0.0},  # (88) half-right tokens teach early
+    "prefix-loss": {"prefix_weight": 0.0},  # (88) early training learns the next token's prefix, too
 }
 
 
@@ -267,7 +274,7 @@ PRESETS = {
         rms_epsilon=2.0**-7, softcap=(30.0, 30.0, 0.0), muon_lr=0.04, down_scale=1.0,
         adam_embedding=(0.6, 0.9, 0.95, 0.0), adam_head=(0.008, 0.9, 0.95, 0.0),
         adam_mixing=(0.04, 0.9, 0.95, 0.0), adam_scalars=(0.04, 0.9, 0.95, 0.0), adam_epsilon=1e-8),
-    "tiny": dict(  # what a minute on a CPU has use for
+    "tiny": dict(  # only what pays in a minute on a CPU
         without=(
             "documents", "attention-free", "short-windows", "yarn", "attention-gates", "attention-mix",
             "gated-skip", "multi-token", "tied-head", "first-weights", "rate-levels",
@@ -293,7 +300,7 @@ PRESETS = {
 
 
 def turned_off(values, names):
-    """Settings without some techniques: newest first, as the newer ones build on the older."""
+    """`values` with these techniques off: newest first, as newer ones build on older ones."""
     for name in reversed(TECHNIQUES):
         if name in names:
             values = values | TECHNIQUES[name]
@@ -302,8 +309,9 @@ def turned_off(values, names):
 
 def preset_values(name):
     """The settings of a preset that are not Config's defaults."""
-    values = {"preset": name, "without": ()} | PRESETS[name]
-    return turned_off(values, values.pop("without")) | values
+    values = {"preset": name} | PRESETS[name]
+    without = values.pop("without", ())
+    return turned_off(values, without) | values
 
 
 # --------------------------------------------------------------------------------------------------
@@ -311,13 +319,13 @@ def preset_values(name):
 
 
 def value_at(values, stage):
-    """A setting by stage: one value per stage, the last value repeats."""
+    """The value of this stage; the last one repeats."""
     return values[min(stage, len(values) - 1)]
 
 
 def stage_borders(config):
-    """The first step of each stage, of the extension, where the schedule ends, and the end of the run.
-    Stages are equal parts of the schedule (#46)."""
+    """The first steps of the stages, equal parts of the schedule (#46), and of the extension after
+    it; then the end of the run."""
     scheduled = config.steps - round(config.extension * config.steps)
     return [*(round(scheduled * part / STAGES) for part in range(STAGES + 1)), config.steps]
 
@@ -328,16 +336,17 @@ def stage_of(step, config):
 
 
 def tokens_until(step, config):
-    """Training tokens of the steps before this one."""
-    borders = stage_borders(config)
-    lengths = [max(0, min(step, end) - begin) for begin, end in zip(borders, borders[1:], strict=False)]
-    return sum(n * value_at(config.tokens_per_step, stage) for stage, n in enumerate(lengths))
+    """Training tokens of all steps before `step`."""
+    stages = enumerate(pairwise(stage_borders(config)))
+    return sum(max(0, min(step, end) - begin) * value_at(config.tokens_per_step, stage)
+               for stage, (begin, end) in stages)
 
 
 def learning_rate_factor(step, config):
     """Factor on all learning rates: a level by stage (#46), then linear to the floor at the end of the
     schedule (#19)."""
-    level, end = value_at(config.rate_levels, stage_of(step, config)), stage_borders(config)[STAGES]
+    level = value_at(config.rate_levels, stage_of(step, config))
+    end = stage_borders(config)[STAGES]
     begin = int(round((1 - config.cooldown) * end, 6))
     left = min(1.0, max(0, end - step) / max(1, end - begin)) if config.cooldown else 1.0
     return level * left + config.rate_floor * (1 - left)
@@ -347,8 +356,9 @@ def momentum_at(step, config):
     """Muon's momentum rises over the first steps (#12) and falls over the last ones (#39)."""
     rise = max(1, round(config.momentum_warmup * config.steps))
     fall = max(1, round(config.momentum_cooldown * config.steps))
-    high = min(1.0, step / rise, (config.steps - step) / fall if config.momentum_cooldown else 1.0)
-    return config.muon_momentum_start + (config.muon_momentum - config.muon_momentum_start) * high
+    share = min(1.0, step / rise, (config.steps - step) / fall if config.momentum_cooldown else 1.0)
+    low, high = config.muon_momentum_start, config.muon_momentum
+    return low + (high - low) * share
 
 
 def windows_at(step, config):
@@ -360,14 +370,15 @@ def windows_at(step, config):
 
 
 def stage_left(step, config):
-    """The share of its stage that is still ahead: 1 in a stage's first step."""
-    stage, borders = stage_of(step, config), stage_borders(config)
-    return (borders[stage + 1] - step) / max(1, borders[stage + 1] - borders[stage])
+    """The share of its stage that a step has ahead: 1 for a stage's first step."""
+    stage = stage_of(step, config)
+    begin, end = stage_borders(config)[stage:stage + 2]
+    return (end - step) / max(1, end - begin)
 
 
 def token_weights(step, config):
-    """Weights of the losses of the next token, the one after it, ...: 1, 1/2, 1/4 (#53). Each stage
-    predicts one token less than the stage before; in the course of it the last weight falls to 0."""
+    """Loss weights of the next token, the one after it, ...: 1, 1/2, 1/4 (#53). Each stage
+    predicts one token less than the one before: during a stage, its last weight falls to 0."""
     stage = stage_of(step, config)
     weights = [0.5**ahead for ahead in range(max(1, config.predicted_tokens - stage))]
     if len(weights) > 1 and stage < STAGES:
@@ -376,12 +387,12 @@ def token_weights(step, config):
 
 
 def prefix_weight(step, config):
-    """Weight of the loss of the next token's prefix (#88): whole in stage 0, falling in stage 1."""
+    """Weight of the loss of the next token's prefix (#88): full in stage 0, falling to 0 in stage 1."""
     return config.prefix_weight * (1.0, stage_left(step, config), 0.0, 0.0)[stage_of(step, config)]
 
 
 def last_tied_step(config):
-    """The last step in which embedding and head are one table (#53): one where Adam updates. -1: none."""
+    """The last step with embedding and head tied (#53), one in which Adam updates. -1: never tied."""
     if not config.tied_until:
         return -1
     last = math.ceil(round(config.tied_until * stage_borders(config)[STAGES], 6))
@@ -389,7 +400,7 @@ def last_tied_step(config):
 
 
 class Phase(NamedTuple):
-    """What changes in the course of a run, as the model sees it in one step."""
+    """The scheduled values that the model needs in one step."""
 
     stage: int
     windows: tuple[int, int]  # long, short
@@ -424,8 +435,8 @@ def yarn(stage, config):
 
 # --------------------------------------------------------------------------------------------------
 # Shards to rows. In: files of uint16 tokens. Out: batches of rows on the device. All shards form
-# one stream. Which tokens form which row depends on the stream and the recipe alone, never on the
-# number of processes.
+# one stream. Only the stream and the recipe decide which tokens form which row: the number of
+# processes does not.
 
 SHARD_MAGIC, SHARD_VERSION, HEADER_BYTES = 20240520, 1, 1024
 GPT2_VOCABULARY, GPT2_SEPARATOR, PREFIXES = 50257, 50256, "prefixes.bin"
@@ -442,8 +453,8 @@ class Shard(NamedTuple):
 
 
 def shard_command(path):
-    """The command that makes such shards; path: of one of them, or a pattern."""
-    folder = re.sub(r"\[([*?[])]", r"\1", os.path.dirname(path)) or "."  # glob.escape undone
+    """The command that makes shards like `path`, the name of one or a pattern."""
+    folder = re.sub(r"\[([*?[])]", r"\1", os.path.dirname(path)) or "."  # undoes glob.escape
     if folder.endswith("data/fineweb10B"):
         return "python data/fineweb.py 10"
     return f"python data/text.py TEXT... --out {shlex.quote(folder)}"
@@ -454,19 +465,21 @@ def damaged(path, problem):
 
 
 def open_shard(path):
-    """Compare the header with the file. Raises UserError."""
+    """Check the header against the file. Raises UserError."""
     if not os.path.isfile(path):
         raise UserError(f"{path} is not a regular file; shards are given by a pattern in quotes, such as "
                         "--train-files 'data/mine/text_train_*.bin'")
     header = np.zeros(HEADER_BYTES // 4, "<i4")
     with open(path, "rb") as file:
         file.readinto(header)
-    (magic, version, count, vocabulary, separator), size = header[:5].tolist(), os.path.getsize(path)
+    magic, version, count, vocabulary, separator = header[:5].tolist()
+    size = os.path.getsize(path)
     vocabulary = vocabulary or GPT2_VOCABULARY  # 0 in FineWeb's shards
     separator = separator or (GPT2_SEPARATOR if vocabulary > GPT2_SEPARATOR else 0)
     if (magic, version) != (SHARD_MAGIC, SHARD_VERSION):
-        raise UserError(f"{path} is no token shard: it begins with {magic}, {version}, expected {SHARD_MAGIC}, "
-                        f"{SHARD_VERSION}; if it is text: python data/text.py {shlex.quote(path)} --out data/mine")
+        raise UserError(
+            f"{path} is no token shard: it begins with {magic}, {version}, expected {SHARD_MAGIC}, "
+            f"{SHARD_VERSION}; if it is text: python data/text.py {shlex.quote(path)} --out data/mine")
     if count <= 0 or size != HEADER_BYTES + 2 * count:
         raise damaged(path, f"has {size} bytes, expected {HEADER_BYTES + 2 * count} for {count} tokens")
     if not 0 <= separator < vocabulary <= 65_536:
@@ -494,7 +507,8 @@ class TokenStream:
 
     def __init__(self, pattern):
         """Raises UserError."""
-        self.pattern, paths = pattern, sorted(glob.glob(os.path.expanduser(pattern)))
+        self.pattern = pattern
+        paths = sorted(glob.glob(os.path.expanduser(pattern)))
         if not paths:
             small = "; a small model trains on a CPU: ./run.sh --preset tiny" * ("fineweb" in pattern)
             raise UserError(f"no shard matches {pattern}; make some: {shard_command(pattern)}{small}")
@@ -502,16 +516,18 @@ class TokenStream:
         kinds = {(shard.vocabulary, shard.separator): shard.path for shard in self.shards}
         if len(kinds) > 1:
             raise UserError(f"shards have different (vocabulary, separator): {kinds}; encode all alike")
-        (self.vocabulary, self.separator), = kinds
-        self.first = np.cumsum([0, *(shard.tokens for shard in self.shards)])  # of each shard; the end
+        self.kind, = kinds
+        self.vocabulary, self.separator = self.kind
+        self.first = np.cumsum([0, *(shard.tokens for shard in self.shards)])  # where shards begin; the end
         self.tokens = int(self.first[-1])
 
     def fingerprints(self):
-        """Of each shard, to know it again: its header, and a checksum of 64 pieces of 1,024 tokens; of one
-        of up to a million tokens, of all."""
+        """For each shard, to recognise it on resume: its header, and a checksum of 64 pieces of
+        1,024 tokens, or of all tokens if there are at most 2^20."""
         found = {}
         for number, shard in enumerate(self.shards):
-            size, checksum = 1024 if shard.tokens > 2**20 else -(-shard.tokens // 64), 0
+            size = 1024 if shard.tokens > 2**20 else -(-shard.tokens // 64)
+            checksum = 0
             for start in np.linspace(0, shard.tokens - size, 64).astype(int).tolist():
                 checksum = zlib.crc32(read_tokens(shard, start, size), checksum)
             found[f"{number}: {Path(shard.path).name}"] = [*shard[1:], checksum]
@@ -537,13 +553,15 @@ class TokenStream:
 
 
 def read_prefixes(stream):
-    """(vocabulary,) int32: of each token, the token of the longest proper prefix of its bytes (#88), -1:
-    none. None if no token has one. `data/` writes it beside the shards. Raises UserError."""
+    """(vocabulary,) int32: for each token, the token that is its bytes' longest proper
+    prefix (#88), or -1. None if no token has one. `data/` writes it beside the shards.
+    Raises UserError."""
     path = os.path.join(os.path.dirname(stream.shards[0].path), PREFIXES)
     if not os.path.isfile(path):
         raise UserError(f"the prefix loss needs {path}; make it: {shard_command(path)}; or give "
                         "--prefix-weight 0")
-    prefixes, count = np.fromfile(path, "<i4"), stream.vocabulary
+    prefixes = np.fromfile(path, "<i4")
+    count = stream.vocabulary
     whole = os.path.getsize(path) == 4 * count
     if not whole or prefixes.min() < -1 or prefixes.max() >= count:
         raise damaged(path, f"is not {count} tokens or -1 as int32")
@@ -554,7 +572,7 @@ class Batch(NamedTuple):
     inputs: Tensor  # (R, T) int32
     targets: Tensor  # (R, T) int64: the next token; -1: none
     starts: Tensor  # (R, T) bool: a document begins
-    positions: tuple[int, ...] = ()  # of the rows, in the stream
+    positions: tuple[int, ...] = ()  # of each row in the stream
 
 
 def row_shape(stage, config):
@@ -564,10 +582,10 @@ def row_shape(stage, config):
 
 
 def training_row(stream, position, shape, config):
-    """The row that begins at `position`: (T + 1,) uint16, inputs and the last target; (T + 1,) bool,
-    where a document starts; and the position of the next row. shape: T, and the longest document. Every
-    row begins with a document (#29). What is cut off, by that length or by the row's end, is dropped, or
-    is the next document."""
+    """The row that begins at `position`: (T + 1,) uint16, inputs and the last target; (T + 1,)
+    bool, where documents start; and the next row's position. shape: T, and the longest document.
+    Every row begins with a document (#29). Documents are cut at the longest length and at the
+    row's end; the rest is dropped, or begins a document of its own."""
     count, longest = shape[0] + 1, shape[1]
     drops = config.long_documents == "drop"
     span = count + count // 2 if drops else count
@@ -586,22 +604,23 @@ def training_row(stream, position, shape, config):
 
 
 def shuffled_rows(stream, config, shape, epoch):
-    """Where each whole row of the stream begins, in the order of an epoch."""
+    """Positions of all whole rows of the stream, in an epoch's random order."""
     if config.long_documents == "continue":
         positions = range(0, stream.tokens - shape[0], shape[0])
     else:
         positions, following = [], 0
         while following < stream.tokens:
             begin, following = following, training_row(stream, following, shape, config)[-1]
-            if following <= stream.tokens:  # else it runs on beyond the end
+            if following <= stream.tokens:  # else the row wraps past the end
                 positions.append(begin)
     return np.random.default_rng((config.seed, epoch)).permutation(positions).tolist()
 
 
 def step_rows(stream, config, first=0):
-    """Yield the (tokens, starts, position) of each row of a step, and the position after them, for the steps
-    from `first` on, which the warm-up tries; the stream is read from its start. Shuffled, an epoch
-    deals out all rows of one shape; a stage with another shape begins a new one."""
+    """For each step from `first` on, yield its rows' (tokens, starts, position), and the
+    position after them. The stream is read from its start even if `first`, for the warm-up, is
+    not 0. With shuffle, an epoch deals out all rows of one shape; a stage with another shape
+    begins a new epoch."""
     position, epoch, left, shape = 0, 0, [], None
     for step in range(first, config.steps):
         stage, rows = stage_of(step, config), []
@@ -609,7 +628,8 @@ def step_rows(stream, config, first=0):
             left, shape = [], row_shape(stage, config)
         for _ in range(value_at(config.tokens_per_step, stage) // shape[0]):
             if config.shuffle and not left:
-                left, epoch = shuffled_rows(stream, config, shape, epoch), epoch + 1
+                left = shuffled_rows(stream, config, shape, epoch)
+                epoch += 1
             begin = left.pop() if config.shuffle else position
             tokens, starts, position = training_row(stream, begin, shape, config)
             rows.append((tokens, starts, begin))
@@ -623,12 +643,12 @@ def step_batches(stream, config, processes, first=0):
         mine = rows[processes.rank * share:(processes.rank + 1) * share]
         tokens, starts, positions = zip(*mine, strict=True)
         tokens, starts = (torch.from_numpy(np.stack(part)) for part in (tokens, starts))
-        starts = starts[:, :-1].contiguous()  # else its copy to a GPU would wait
+        starts = starts[:, :-1].contiguous()  # else its copy to a GPU would block
         yield Batch(tokens[:, :-1].int(), tokens[:, 1:].long(), starts, positions)
 
 
 def validation_rows(stream, position, rows, row_tokens, end):
-    """Rows of the stream as it comes. Inputs from position `end` on have no target."""
+    """Consecutive rows, nothing dropped. Inputs from position `end` on have no target."""
     tokens, starts = stream.read(position, rows * row_tokens + 1)
     targets = tokens[1:].astype(np.int64)
     targets[max(0, end - position):] = -1
@@ -649,8 +669,8 @@ def prefetched(batches, device):
 
 
 def holds_run(stream, config):
-    """Whether the stream has all tokens of a run. Where documents are cut short, its rows are packed to
-    find out."""
+    """Whether the stream is long enough for the run. If parts of documents are dropped, the rows
+    must be packed to know."""
     if config.long_documents == "continue":
         return tokens_until(config.steps, config) < stream.tokens
     steps = step_rows(stream, replace(config, shuffle=False))
@@ -687,8 +707,9 @@ def block_mask(first_key):
     """(R, T) int32 -> BlockMask of squares of 128, made on the device without waiting for it.
 
     Query block i visits key blocks [reach[i], i]. Those in [inside[i], i) are wholly visible; the
-    diagonal and those before inside[i] are tested token by token. Both never decrease, so the query
-    blocks of a key block, which the backward pass visits, are intervals too, found by bisection.
+    diagonal and those before inside[i] are tested token by token. `reach` and `inside` never
+    decrease, so the query blocks of a key block, which the backward pass visits, are intervals
+    too, found by bisection.
     """
     rows, tokens = first_key.shape
     block = torch.arange(tokens // MASK_BLOCK, dtype=torch.int32, device=first_key.device)
@@ -700,7 +721,8 @@ def block_mask(first_key):
     partial_end = torch.searchsorted(reach.contiguous(), diagonal, right=True, out_int32=True)
 
     def listed(begin, end, with_diagonal):
-        """Intervals -> counts (R, 1, N) and lists (R, 1, N, N), with the diagonal in front or not."""
+        """Intervals -> lengths (R, 1, N) and block numbers (R, 1, N, N), the diagonal
+        first or not in."""
         numbers = (begin[..., None] - with_diagonal + block).clamp_(max=len(block) - 1)
         if with_diagonal:
             numbers[..., 0] = diagonal
@@ -713,8 +735,9 @@ def block_mask(first_key):
 
 
 def span_mask(first_key, block=2 * MASK_BLOCK):
-    """(R, T) int32 -> the same mask for torch's own attention, where nothing is compiled: of each block
-    of queries, the keys that any of them sees, and (R, 1, queries, keys) bool which sees which."""
+    """(R, T) int32 -> the mask for torch's own attention, where nothing is compiled. For each
+    block of queries: its slice, the slice of keys that any of them sees, and
+    (R, 1, queries, keys) bool."""
     row, position = (torch.arange(size, device=first_key.device) for size in first_key.shape)
     rule, spans = interval_rule(first_key), []
     for begin in range(0, len(position), block):
@@ -725,15 +748,15 @@ def span_mask(first_key, block=2 * MASK_BLOCK):
     return spans
 
 
-# Tiles of FlexAttention's forward kernel, by dtype and K, where its own are slower: 0.431 ms for 0.385 on
-# an H100.
+# Tile sizes of FlexAttention's forward kernel, by dtype and K, where they beat its own: 0.385 ms
+# instead of 0.431 on an H100.
 FORWARD_TILES = {(torch.bfloat16, 128): {
     "fwd_BLOCK_M": 64, "fwd_BLOCK_N": 64, "fwd_num_stages": 3, "fwd_num_warps": 4}}
 
 
 def attention(query, key, value, mask):
-    """Softmax attention, all (R, H, T, K); of paired heads (R, H / 2, 2 T, K). The query carries the scale.
-    mask: of block_mask where the model is compiled, else of span_mask."""
+    """Softmax attention, all (R, H, T, K); paired heads (R, H / 2, 2 T, K). The query is scaled
+    already. mask: from `block_mask` where the model is compiled, else from `span_mask`."""
     if isinstance(mask, BlockMask):
         tiles = FORWARD_TILES.get((query.dtype, query.shape[-1]))
         return flex_attention(query, key, value, block_mask=mask, scale=1.0, kernel_options=tiles)
@@ -763,8 +786,8 @@ def gate(x, weight):
 
 
 def rotary_tables(frequencies, positions, channels, dtype):
-    """(n,) float64 radians per token -> factors of a head's channels, and of those across, (positions,
-    K) each. Channels from 2 n on stay still."""
+    """(n,) float64 radians per token -> cosines and sines by position and channel, (positions, K)
+    each. Channels from 2 n on do not rotate: angle 0."""
     position = torch.arange(positions, dtype=torch.float64, device=frequencies.device)
     angle = torch.outer(position, frequencies)
     angle = F.pad(torch.cat((angle, -angle), dim=1), (0, channels - 2 * len(frequencies)))
@@ -772,43 +795,43 @@ def rotary_tables(frequencies, positions, channels, dtype):
 
 
 def for_heads(table, tokens, heads, paired):
-    """Factors of all positions -> those of each token, (T, 1, K). In paired layers, (T, H, K): head h of
-    token t turns as position 2 t + h mod 2. In the softmax it is position 2 t + (h >= H / 2): the
-    record (#58) has both orders."""
+    """Table by position -> table by token, (T, 1, K). In paired layers, (T, H, K): here head h of
+    token t has position 2 t + h mod 2, but in the softmax 2 t + (h >= H / 2): the record (#58)
+    has both orders."""
     if paired:
         return table[:2 * tokens].view(tokens, 2, -1).repeat(1, heads // 2, 1)
     return table[:tokens, None]
 
 
 def rotary(x, cosine, sine, turning):
-    """Rotary position embedding (RoFormer) of (R, T, H, K): channels j and j + n turn together by
-    their position's angle, for j < n, 2 n = turning (half-truncated, #17). Those that stay still are
-    flipped as well, times 0."""
+    """Rotary position embedding (RoFormer) of (R, T, H, K): for j < n = turning / 2, channels j
+    and j + n rotate as a pair by their position's angle (half-truncated, #17). The other channels
+    are flipped too, but with a sine of 0."""
     across = x.unflatten(-1, (-1, 2, turning // 2)).flip(-2).flatten(-3) if turning else x
     return x * cosine + across * sine
 
 
 def previous(x):
-    """(R, T, ...) -> what stands one position before. Position 0 keeps its own."""
+    """(R, T, ...) shifted by one position. Position 0 keeps its own."""
     return torch.cat((x[:, :1], x[:, :-1]), dim=1)
 
 
 def offset_keys(key, turning):
-    """Partial key offset (#49): still channels of a key (R, T, H, K) come from the token before, so
-    that one layer finds what followed an earlier occurrence of a token."""
+    """Partial key offset (#49): the unrotated channels of a key (R, T, H, K) come from the token
+    before, so that one layer finds what followed an earlier occurrence of a token."""
     return torch.cat((key[..., :turning], previous(key[..., turning:])), dim=-1)
 
 
 def smear(embedding, weight, gate_weight):
-    """Smear (#34): each (R, T, D) embedding takes up a gated share of the one before."""
+    """Smear (#34): add to each embedding of (R, T, D) a gated share of the one before."""
     share = (weight * gate(embedding, gate_weight)).to(embedding.dtype)[..., None]
     return embedding + share * F.pad(embedding[:, :-1], (0, 0, 1, 0))
 
 
 def bigram_rows(tokens, rows):
-    """Bigram hash (#62): (R, T) int32 -> the table's row of each token and the one before. The first
-    token has the last of the `rows`, whose number the second one sees in its place, as in the record.
-    Products wrap in int32; the remainder is never negative."""
+    """Bigram hash (#62): (R, T) int32 -> the table's row for each token and the one before. As in
+    the record, the first token gets the last row, and the second is hashed with the number of that
+    row. Products wrap in int32; the remainder is never negative."""
     before = previous(tokens)
     before[:, :2] = rows - 1
     hashed = ((36_313 * tokens) ^ (27_191 * before)) % (rows - 1)
@@ -822,7 +845,7 @@ def sign_rows(tokens, rows):
 
 
 def on_first(part, width):
-    """(R, T, n) -> (R, T, width): on the first n channels."""
+    """(R, T, n) -> (R, T, width): zeros after the first n channels."""
     return F.pad(part, (0, width - part.shape[-1]))
 
 
@@ -834,37 +857,39 @@ def leave_out(out, value, alpha):
 
 
 def wide(dtype):
-    """At least float32: of scalars, gates and optimizer state."""
+    """At least float32, for scalars, gates and optimizer state."""
     return torch.promote_types(dtype, torch.float32)
 
 
 def head_channels(config):
-    """Of a head, and how many of them rotary turns."""
+    """Channels of a head, and how many of them rotary rotates."""
     channels = config.width // config.heads
     return channels, 2 * round(config.rotary_share * channels / 2)
 
 
 def parameter(*shape, dtype, first=0.0, used=True):
-    """A parameter that starts with one value throughout; None where its technique is off."""
+    """A parameter filled with `first`; None where its technique is off."""
     return nn.Parameter(torch.full(shape, first, dtype=dtype)) if used else None
 
 
 def uniform(*shape, spread, draw):
-    """float32, of standard deviation `spread` / sqrt(D), from the generator `draw`."""
+    """float32 of standard deviation `spread` / sqrt(columns), from the generator `draw`."""
     bound = spread * (3 / shape[-1]) ** 0.5
     return torch.empty(shape).uniform_(-bound, bound, generator=draw) if spread else torch.zeros(shape)
 
 
 def compiled_if(compiled, function, **options):
-    return torch.compile(function, dynamic=False, fullgraph=True, options=options) if compiled else function
+    if not compiled:
+        return function
+    return torch.compile(function, dynamic=False, fullgraph=True, options=options)
 
 
 class Mudd(nn.Module):
     """Weights that depend on the token (MUDDFormer, #81), computed from the stream."""
 
     def __init__(self, initial, config, dtype, draw):
-        """initial: the weights before training, of every token, in tuples of those that belong together.
-        Biases are ten times that, so that an update of one moves its weight by a tenth."""
+        """initial: the weights at first, the same for all tokens, in tuples by purpose. A bias is
+        ten times its weight, so that an update of it moves the weight by a tenth."""
         super().__init__()
         self.counts, values = [len(values) for values in initial], sum(initial, ())
         first = uniform(MUDD_WIDTH, config.width, spread=3**-0.5, draw=draw)
@@ -873,43 +898,39 @@ class Mudd(nn.Module):
         self.mudd_bias = nn.Parameter((10 * torch.tensor(values, dtype=torch.float64)).to(dtype))
 
     def forward(self, x):
-        """(R, T, D) -> as many tuples as `initial`, of weights (R, T, 1)."""
+        """(R, T, D) -> weights of (R, T, 1), in tuples as in `initial`."""
         hidden = F.gelu(F.linear(x, self.mudd_in))
         weights = 0.1 * F.linear(hidden, self.mudd_out, self.mudd_bias)
         return [part.split(1, dim=-1) for part in weights.split(self.counts, dim=-1)]
 
 
-def mixed(x, added, residual, output):
-    """The stream, and what a sublayer adds to it, each by its weight, if it has one."""
-    added = added if output is None else output * added
-    return (x if residual is None else residual * x) + added
-
-
 def weighted_sum(weights, streams):
-    """Of the streams that there are."""
+    """The weighted sum of the streams that are not None."""
     return sum(weight * stream for weight, stream in zip(weights, streams, strict=True)
                if stream is not None)
 
 
 class Entrance(nn.Module):
-    """From embeddings to the stream, and to what each layer takes up of them once more."""
+    """From embeddings to the first stream, x0, and to what each layer adds of them later on."""
 
     def __init__(self, config, dtype):
         super().__init__()
-        static = range(config.layers - config.mudd)  # MUDD weighs what the last layer takes up
+        static = range(config.layers - config.mudd)  # in the last layer, MUDD decides
         attending = [i for i in static if i not in config.attention_free]
         self.x0_layers = {"blocks": [*static], "sublayers": attending, "none": []}[config.mixing]
         self.bigram_layers = [0, *(i for i in attending if i)] if config.bigram else []
-        scalar, self.epsilon = partial(parameter, dtype=wide(dtype)), config.rms_epsilon
-        count, channels = len(self.bigram_layers), min(GATE_CHANNELS, config.width)
+        self.epsilon = config.rms_epsilon
+        scalar = partial(parameter, dtype=wide(dtype))
+        count = len(self.bigram_layers)
+        channels = min(GATE_CHANNELS, config.width)
         self.x0_mix = scalar(len(self.x0_layers), used=self.x0_layers != [])
-        self.bigram_mix = scalar(count, first=BIGRAM_INIT, used=count > 0)  # the first in x0 itself
+        self.bigram_mix = scalar(count, first=BIGRAM_INIT, used=count > 0)  # [0] is for x0 itself
         self.smear_mix = scalar(used=config.smear)
         self.smear_gate = scalar(channels, used=config.smear)
 
     def forward(self, embedding, bigram, signs):
-        """(R, T, D), twice (R, T, n) or None -> x0 (R, T, D), where the stream begins; bigrams, with their
-        signs; and by layer what it adds to the stream."""
+        """Embedding (R, T, D); bigram and signs, (R, T, n) or None -> x0 (R, T, D), where the
+        stream begins; the signed bigram; {layer: what is added to the stream, (R, T, D)}."""
         if self.smear_mix is not None:
             embedding = smear(embedding, self.smear_mix, self.smear_gate)
         x0, width = rms_norm(embedding, self.epsilon), embedding.shape[-1]
@@ -923,7 +944,7 @@ class Entrance(nn.Module):
 
 
 class Exit(nn.Module):
-    """From the stream to the head."""
+    """From the stream to the head: MUDD's last mixture and the final norm."""
 
     def __init__(self, config, dtype, draw):
         super().__init__()
@@ -932,8 +953,9 @@ class Exit(nn.Module):
         self.mudd = Mudd(initial, config, dtype, draw) if config.mudd else None
 
     def forward(self, x, streams):
-        """(R, T, D), and the streams that MUDD adds, or None: x0, attention's source, the one before the
-        last block, the first value embedding, the first output that is kept for a skip."""
+        """(R, T, D) -> (R, T, D), normed. streams, for MUDD, (R, T, D) or None: x0,
+        attention's source, the one before the last block, the first value embedding, the first
+        skip's output."""
         if self.mudd is not None:
             weights, = self.mudd(x)
             x = x + weighted_sum(weights, streams)
@@ -941,7 +963,7 @@ class Exit(nn.Module):
 
 
 class Shared(NamedTuple):
-    """What all blocks of a pass see."""
+    """What all blocks of a pass share."""
 
     x0: Tensor  # (R, T, D) where the stream began: embedding, normed, and bigram
     bigram: Tensor | None  # (R, T, n)
@@ -951,42 +973,49 @@ class Shared(NamedTuple):
 
 
 class Block(nn.Module):
-    """Attention, then MLP: each makes of the stream x: residual x + output f(norm(x)). Attention then adds
-    `injected`, which Entrance has made of x0 and bigram (#73); with mixing by blocks x is residual x +
-    injected before it. A block does not keep its number, so that layers share compiled graphs."""
+    """Attention, then MLP: each turns the stream x into residual x + output f(norm(x)). Attention
+    then adds `injected`, which Entrance made of x0 and bigram (#73); if mixing is by blocks, x
+    becomes residual x + injected before attention. Blocks do not know their layer number, so that
+    layers share compiled graphs."""
 
     def __init__(self, layer, config, dtype, draw):
         super().__init__()
-        self.heads, self.qk_norm, self.epsilon = config.heads, config.qk_norm, config.rms_epsilon
-        self.attends, self.paired = layer not in config.attention_free, layer in config.paired_layers
-        self.short, (channels, self.turning) = layer in config.short_layers, head_channels(config)
+        self.heads = config.heads
+        self.qk_norm = config.qk_norm
+        self.epsilon = config.rms_epsilon
+        self.attends = layer not in config.attention_free
+        self.paired = layer in config.paired_layers
+        self.short = layer in config.short_layers
+        channels, self.turning = head_channels(config)
         self.key_offset = config.key_offset and not (self.short or self.paired)
         self.gives_values = config.value_residual and layer == 0
-        scalar, gate_size = partial(parameter, dtype=wide(dtype)), min(GATE_CHANNELS, config.width)
+        scalar = partial(parameter, dtype=wide(dtype))
+        gate_size = min(GATE_CHANNELS, config.width)
 
         def matrices(number, rows, *spreads):
             drawn = [uniform(number, rows, config.width, spread=spread, draw=draw) for spread in spreads]
             return nn.Parameter(torch.cat(drawn).to(dtype if config.split_precision else wide(dtype)))
 
         self.qk = self.vo = None
-        if self.attends:  # queries and keys of some heads at a time, as Muon orthogonalises them (#80)
+        if self.attends:  # heads that Muon orthogonalises together share a matrix (#80)
             together = math.gcd(config.heads, config.qk_heads)
             self.qk = matrices(2 * config.heads // together, together * channels, config.attention_init)
             self.vo = matrices(1, config.width, config.attention_init, config.output_init)  # value, output
         self.mlp = matrices(1, MLP_RATIO * config.width, config.mlp_init, 0.0)  # up, down transposed
-        # Weights of the stream, by sublayer or once, and of what a sublayer adds to it: of attention the
-        # first, of the MLP the last one.
-        dynamic, first = config.mudd and layer == config.layers - 1, config.residual_init
+        # Weights of the stream and of the sublayers' outputs: attention has the first of each, the
+        # MLP the last. With mixing by blocks there is only one, of the stream.
+        first = config.residual_init
+        dynamic = config.mudd and layer == config.layers - 1
         each = [1 + self.attends] if config.mixing == "sublayers" else []
         self.residual = scalar(*each, first=first, used=not dynamic and config.mixing != "none")
         self.output = scalar(*each, first=1.0, used=not dynamic and each != [])  # folded into matrices
-        self.mudd = Mudd((
-            (0.0, 0.0, 0.0),  # of x0, source and stream, which are added to values
-            (0.0, 0.0, 0.0),  # of the same, added to the stream
-            (2.0, 2.0),  # of the value embedding, for each half of the heads
-            (first, 1.0),  # of the stream, and of attention's output
-            (0.0, BIGRAM_INIT),  # of x0 and bigram, added after attention
-            (first, 1.0),  # of the stream, and of the MLP's output
+        self.mudd = Mudd((  # the initial weights of
+            (0.0, 0.0, 0.0),  # x0, source and stream, added to values
+            (0.0, 0.0, 0.0),  # the same, added to the stream
+            (2.0, 2.0),  # the value embedding, for each half of the heads
+            (first, 1.0),  # the stream and attention's output
+            (0.0, BIGRAM_INIT),  # x0 and bigram, added after attention
+            (first, 1.0),  # the stream and the MLP's output
         ), config, dtype, draw) if dynamic else None
         skipped = layer in skip_sources(config)
         self.skip_mix = scalar(first=-1.5 if config.gated_skip else 1.0, used=skipped)
@@ -1000,17 +1029,17 @@ class Block(nn.Module):
             layer in config.value_layers and config.value_gates and not dynamic))
 
     def attention_sublayer(self, x, shared, mask, injected, skip, source, value_embedding, first_value):
-        """x (R, T, D): the stream. mask: for `attention`. Of the stream's shape, or None: injected, which is
-        added to it; skip, an earlier layer's output; source, which attention reads in its place;
-        value_embedding. first_value (R, T, H, K): layer 0's values, or None. Returns the stream; own
-        values, if `gives_values`; in MUDD's layer, the MLP's weights of the stream and of its output,
-        (R, T, 1) each."""
-        residual = output = value = of_mlp = None
+        """x (R, T, D): the stream. mask: as in `attention`. Each (R, T, D) or None: injected,
+        added to the stream; skip, an earlier layer's output; source, which attention reads instead
+        of x; value_embedding. first_value: layer 0's values (R, T, H, K) or None. Returns the
+        stream; this layer's values if `gives_values`, else None; the weights for
+        `mlp_sublayer`."""
+        residual, output, of_mlp, value = 1.0, 1.0, (1.0, 1.0), None
         if skip is not None:
             x = x + self.skip_share(shared.x0, x.dtype) * skip
-        if self.output is not None:  # its first weight is on the output matrix, in attend()
+        if self.output is not None:  # attend() puts output[0] on its output matrix
             residual = self.residual[0]
-        elif self.residual is not None:  # mixed once, before the block
+        elif self.residual is not None:  # mixed once, before attention
             x, injected = self.residual * x + injected, None
         normed = rms_norm(x if source is None else source, self.epsilon)
         added = self.added_to_values(normed, value_embedding)
@@ -1018,15 +1047,15 @@ class Block(nn.Module):
             x, added, injected, (residual, output), of_mlp = self.mix_by_token(x, shared, source, added)
         if self.attends:
             attended, value = self.attend(normed, shared, mask, added, first_value)
-            x = mixed(x, attended, residual, output)
+            x = residual * x + output * attended
         if injected is not None:
             x = x + injected
         return x, value if self.gives_values else None, of_mlp
 
     def mix_by_token(self, x, shared, source, added):
-        """MUDD (#81): the weights of all that meets in this layer depend on the token. Returns the
-        stream (R, T, D); what is added to values (R, T, H, K), and after attention (R, T, D); the weights
-        (R, T, 1) of the stream and of attention's output, then of the stream and of the MLP's output."""
+        """MUDD (#81): all mixing weights of this layer depend on the token. Returns the stream
+        (R, T, D); what is added to values (R, T, H, K), and after attention (R, T, D); weights
+        (R, T, 1) of the stream and attention's output, then of the stream and the MLP's output."""
         of_values, of_stream, of_halves, of_attention, (of_x0, of_bigram), of_mlp = self.mudd(x)
         streams = shared.x0, source, x
         halves = torch.cat(of_halves, dim=-1).repeat_interleave((self.heads + 1) // 2, dim=-1)
@@ -1038,13 +1067,13 @@ class Block(nn.Module):
         return x + weighted_sum(of_stream, streams), added, injected, of_attention, of_mlp
 
     def skip_share(self, x0, dtype):
-        """Of an earlier output that is added to the stream: () or, gated by x0, (R, T, 1) (#45, #55)."""
+        """The weight of `skip`: () or, gated by x0, (R, T, 1) (#45, #55)."""
         if self.skip_gate is None:
             return self.skip_mix
         return (2 * self.skip_mix.sigmoid() * gate(x0, self.skip_gate)).to(dtype)[..., None]
 
     def added_to_values(self, normed, value_embedding):
-        """The token's value embedding, by head (R, T, H, K), or None (#14). Gates see both (#55, #70)."""
+        """The value embedding by head, (R, T, H, K), or None (#14). Gates see both inputs (#55, #70)."""
         if value_embedding is None:
             return None
         by_head = value_embedding.unflatten(-1, (self.heads, -1))
@@ -1055,21 +1084,22 @@ class Block(nn.Module):
         return 2 * gate(seen, self.value_gate)[..., None] * by_head
 
     def mlp_sublayer(self, x, weights):
-        """(R, T, D) -> the stream, by MUDD's two weights (R, T, 1) or its own."""
+        """(R, T, D) -> the stream. weights, of it and the MLP's output: (R, T, 1) from MUDD, else 1."""
         up, down = self.mlp.to(x.dtype).unbind(0)
-        residual, output = weights or (None, None)
+        residual, output = weights
         if self.output is not None:
             residual, down = self.residual[-1], self.output[-1] * down
         hidden = F.linear(rms_norm(x, self.epsilon), up).relu().square()  # ReLU^2 (Primer)
-        return mixed(x, hidden @ down, residual, output)
+        return residual * x + output * (hidden @ down)
 
     def attend(self, x, shared, mask, added, first_value):
-        """What attention adds to the stream, (R, T, D), and this layer's own values, (R, T, H, K), before
-        anything is added. added (R, T, H, K) or None: to the values."""
+        """x (R, T, D), normed -> attention's output (R, T, D), and this layer's
+        values (R, T, H, K) before anything is added to them. added (R, T, H, K) or
+        None: what is added."""
         rows, tokens, width = x.shape
         qkv_weight = torch.cat((self.qk.view(-1, width), self.vo[0])).to(x.dtype)
         out_weight = self.vo[1].to(x.dtype)
-        if self.in_scale is not None:  # on the weights, where it costs least (#47, #48)
+        if self.in_scale is not None:  # cheaper on weights than on activations (#47, #48)
             qkv_weight, out_weight = self.in_scale * qkv_weight, self.out_scale * out_weight
         if self.output is not None:
             out_weight = self.output[0] * out_weight
@@ -1102,8 +1132,8 @@ if triton:
     @triton.jit
     def add_rows_kernel(total, parts, rows, places, begins, runs, width: tl.constexpr,
                         CHANNELS: tl.constexpr, AT_ONCE: tl.constexpr):
-        """total[row] += the sum of parts[place] over the places of that row. A program takes every so
-        many-th run of equal rows, CHANNELS of their channels, AT_ONCE places at a time; no two
+        """total[row] += the sum of parts[place] over that row's places. A program takes every n-th
+        run of equal rows (n programs), CHANNELS channels of it, AT_ONCE places at a time; no two
         programs write to one place."""
         channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
         for run in range(tl.program_id(0), tl.load(runs), tl.num_programs(0)):
@@ -1120,8 +1150,8 @@ if triton:
 
 
 def sorted_rows(rows):
-    """(R, T) int -> rows, in order, and their places, (R T,) int32; begins, (R T + 1,) int32: where each run
-    of equal rows begins, and R T after the last one; runs, (1,): how many there are."""
+    """(R, T) int -> rows, sorted, and their places, (R T,) int32; begins, (R T + 1,) int32: where
+    each run of equal rows begins, and R T after the last one; runs, (1,): the number of runs."""
     found, places = rows.flatten().int().sort(stable=True)
     run = F.pad((found[1:] != found[:-1]).cumsum(0), (1, 0))
     numbers = torch.arange(len(found) + 1, device=rows.device)
@@ -1129,11 +1159,12 @@ def sorted_rows(rows):
 
 
 def add_rows(total, parts, by_row):
-    """Add parts (R T, n) to the rows of total (V, n), in place, in at least float32: in bfloat16, a
-    token that is there 2,000 times would lose a quarter of its sum. by_row: what `sorted_rows` gives."""
+    """Add parts (R T, n) to the rows of total (V, n), in place. Sums are at least float32: in
+    bfloat16, a token that occurs 2,000 times would lose a quarter of its sum. by_row: from
+    `sorted_rows`."""
     rows, places, *_ = by_row
-    if parts.is_cuda and total.dtype != torch.float64:  # 0.14 ms for 0.49 of torch's own on an H100
-        grid = 4096, triton.cdiv(total.shape[1], 64)  # programs; parts of 64 channels
+    if parts.is_cuda and total.dtype != torch.float64:  # 0.14 ms on an H100, torch's own 0.49
+        grid = 4096, triton.cdiv(total.shape[1], 64)  # programs, blocks of channels
         add_rows_kernel[grid](total, parts.contiguous(), *by_row, width=total.shape[1],
                               CHANNELS=64, AT_ONCE=32, num_warps=1)
     else:
@@ -1142,10 +1173,10 @@ def add_rows(total, parts, by_row):
 
 
 class TableRows(torch.autograd.Function):
-    """(V, n), (R, T) int -> (R, T, n). In training, gradients are added to the table's own in its Group: a
-    gradient of this lookup, as large as the table, would be written and read for nothing. Autograd then
-    has none and calls no hook, so `gradient_arrived`, which the Group left at its parameter, is called
-    here."""
+    """Embedding lookup: (V, n), (R, T) int -> (R, T, n). In training, backward adds to the table's
+    gradient in its Group: a separate gradient, as large as the table, would be written and read
+    for nothing. Autograd then sees none and calls no hook, so backward calls `gradient_arrived`,
+    which the Group stored on the table."""
 
     @staticmethod
     def forward(ctx, table, rows, by_row):
@@ -1164,8 +1195,8 @@ class TableRows(torch.autograd.Function):
 
 
 def skip_sources(config):
-    """By layer, the earlier one whose output it receives: one through a gate (#45, #55), or all of the
-    second half those of the first, mirrored (U-net, #11)."""
+    """{layer: the earlier layer whose output is added to it}. One gated skip (#45, #55); or to
+    each layer of the second half its mirror image in the first (U-net, #11)."""
     if config.gated_skip:
         source, layer = config.gated_skip
         return {layer: source}
@@ -1178,13 +1209,18 @@ class GPT(nn.Module):
 
     def __init__(self, config, vocabulary, prefixes=None, float8=False, compiled=False):
         """Weights are drawn on the CPU from config.seed: the same for every process and device.
-        prefixes: (vocabulary,) int, of each token, -1: none. float8: the head's products in training.
-        compiled: by sublayer, so that layers of a kind share a graph, and gradients are there as soon
-        as their layer is done."""
+        prefixes: (vocabulary,) int, from `read_prefixes`. float8: for the head's matmuls in
+        training. compiled: each sublayer by itself, so that layers of a kind share a graph and
+        gradients are ready as soon as their layer is done."""
         super().__init__()
-        self.config, self.vocabulary = config, vocabulary
-        self.dtype, self.float8, self.compiled = getattr(torch, config.dtype), float8, compiled
-        padded, width, tied = -(-vocabulary // 64) * 64, config.width, config.tied_until > 0
+        self.config = config
+        self.vocabulary = vocabulary
+        self.dtype = getattr(torch, config.dtype)
+        self.float8 = float8
+        self.compiled = compiled
+        padded = -(-vocabulary // 64) * 64
+        width = config.width
+        tied = config.tied_until > 0
         draw = torch.Generator().manual_seed(config.seed)
         table = torch.randn(padded, width, generator=draw) * (EMBEDDING_INIT if tied else 1)
         self.embedding = nn.Parameter(table.to(self.dtype))
@@ -1199,38 +1235,42 @@ class GPT(nn.Module):
             config.bigram * padded, channels, dtype=self.dtype, used=config.bigram > 0)
         signs = 2 * torch.randint(2, (config.bigram_signs, channels), generator=draw) - 1
         self.register_buffer("signs", signs.to(self.dtype) if config.bigram_signs * config.bigram else None)
-        self.entrance, self.exit = Entrance(config, self.dtype), Exit(config, self.dtype, draw)
+        self.entrance = Entrance(config, self.dtype)
+        self.exit = Exit(config, self.dtype, draw)
         frequencies, scales = zip(*(yarn(stage, config) for stage in range(STAGES + 1)), strict=True)
         self.register_buffer("frequencies", torch.stack(frequencies), persistent=False)
         scales = torch.tensor(scales, dtype=wide(self.dtype))
         self.register_buffer("scales", scales, persistent=False)
-        if prefixes is not None:  # of target -1, which finds the last one: none
+        if prefixes is not None:  # target -1 indexes the last: no prefix
             prefixes = F.pad(torch.as_tensor(prefixes, dtype=torch.int64), (0, 1), value=-1)
         self.register_buffer("prefixes", prefixes, persistent=False)
 
-        self.run_entrance, self.run_attention, self.run_mlp, self.run_exit = (  # called with the module
+        self.run_entrance, self.run_attention, self.run_mlp, self.run_exit = (  # first argument: the module
             compiled_if(compiled, part) for part in (
                 Entrance.forward, Block.attention_sublayer, Block.mlp_sublayer, Exit.forward))
         self.run_quantised, self.run_losses = (
             compiled_if(compiled, part) for part in (quantised, chunk_losses))
-        # Tile sizes are autotuned: 2.2 ms for 2.5 of an H100.
+        # Tile sizes are autotuned: 2.2 ms instead of 2.5 on an H100.
         self.run_gradient = compiled_if(compiled, chunk_gradient, coordinate_descent_tuning=True)
-        if compiled:  # kinds of layers, times stages, with and without gradients
+        if compiled:  # a graph per kind of layer, stage, and with gradients or not
             torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 4096
 
     def run_block(self, block, x, *others):
-        """A layer: the stream, and the layer's own values or None. others: as of attention_sublayer."""
+        """One layer -> the stream; its own values or None. others: as in attention_sublayer."""
         x, value, weights = self.run_attention(block, x, *others)
         return self.run_mlp(block, x, weights), value
 
     def forward(self, inputs, starts, phase):
         """(R, T) int32, (R, T) bool -> (R, T, D), normed, ready for the head."""
-        config, masks = self.config, attention_masks(self, starts, phase.windows)
-        run, skips, bigram, signs = self.run_block, skip_sources(self.config), None, None
+        config = self.config
+        masks = attention_masks(self, starts, phase.windows)
+        skips = skip_sources(config)
+        run = self.run_block
+        bigram = signs = None
         if config.recompute and torch.is_grad_enabled():
             run = partial(recomputed, run, use_reentrant=False, preserve_rng_state=False)
         by_row = sorted_rows(inputs)
-        if phase.tied:  # the loss adds to the head's gradient, too
+        if phase.tied:  # not TableRows: the loss has a gradient of this table, too
             embedding = F.embedding(inputs, self.head).to(self.dtype)
         else:
             embedding = TableRows.apply(self.embedding, inputs, by_row)
@@ -1244,9 +1284,11 @@ class GPT(nn.Module):
         channels, _ = head_channels(config)
         factors = rotary_tables(self.frequencies[phase.stage], positions, channels, self.dtype)
         shared = Shared(x0, bigram, *factors, self.scales[phase.stage])
-        x, source, first_value, first_embedding, outputs = x0, None, None, None, {}
+        x, outputs = x0, {}
+        source = first_value = first_embedding = None
         for i, block in enumerate(self.blocks):
-            mask, value_embedding, before = masks.get((block.short, block.paired)), None, x
+            before, value_embedding = x, None
+            mask = masks.get((block.short, block.paired))
             if i in self.table_of:
                 value_embedding = TableRows.apply(self.value_tables[self.table_of[i]], inputs, by_row)
                 first_embedding = value_embedding if first_embedding is None else first_embedding
@@ -1261,9 +1303,9 @@ class GPT(nn.Module):
         return self.run_exit(self.exit, x, (x0, source, before, first_embedding, skipped))
 
     def loss(self, batch, phase):
-        """Sums, not means, of cross-entropies in nats, () and at least float32: of all targets of every
-        token, weighted, for training; of the next token alone, to report. Targets go on across
-        documents, as in the records."""
+        """Two sums (not means) of cross-entropies in nats, () and at least float32: of all
+        weighted targets, for training; of the next tokens alone, to report. Targets cross document
+        borders, as in the records."""
         hidden = self(batch.inputs, batch.starts, phase).flatten(0, 1)
         targets = [F.pad(batch.targets[:, k:], (0, k), value=-1) for k in range(len(phase.token_weights))]
         weights = [*phase.token_weights]
@@ -1281,7 +1323,7 @@ class GPT(nn.Module):
 
 
 def attention_masks(model, starts, windows):
-    """(R, T) bool and the (long, short) windows -> a mask by (short, paired). In paired layers a
+    """(R, T) bool and the (long, short) windows -> {(short, paired): mask}. In paired layers a
     token has two positions, and the window counts positions."""
     masks, document = {}, document_starts(starts)
     for short, paired in {(block.short, block.paired) for block in model.blocks if block.attends}:
@@ -1292,26 +1334,26 @@ def attention_masks(model, starts, windows):
 
 
 # --------------------------------------------------------------------------------------------------
-# Loss. In: hidden states (N, D), head (V, D), targets (N, k). Out: the summed cross-entropy. Both
-# gradients are computed while the logits of a chunk are at hand: full logits (6.6 GB for 65,536
-# tokens) never exist, and no product is done twice.
+# Loss. In: hidden states (N, D), head (V, D), targets (N, k). Out: the summed cross-entropy. The
+# gradients of hidden states and head are computed while a chunk's logits are in memory: full logits
+# (6.6 GB for 65,536 tokens) never exist, and no product is done twice.
 
-# Divisors before a cast to float8, as the records measured them (#51, #55): hidden states up to 100 and
-# weights up to 1.6 fit into e4m3, gradients up to 96 into e5m2.
+# Divisors before a cast to float8, from the records (#51, #55): hidden states up to 100 and weights
+# up to 1.6 fit into e4m3, gradients up to 96 into e5m2.
 HIDDEN_UNIT, HEAD_UNIT, GRADIENT_UNIT = 100 / 448, 1.6 / 448, 0.75 / 448
-BIT = math.log(2)  # in nats. Within the loss, logits are in bits: GPUs compute 2^x, and e^x by it
+BIT = math.log(2)  # in nats. Logits in the loss are in bits, as GPUs compute e^x through 2^x
 
 
 def quantised(x, unit, dtype):
-    """(m, n) -> x / unit in float8, clipped, as beyond its range a cast gives infinity or NaN; and its
-    transpose (n, m), which another product takes."""
+    """(m, n) -> x / unit in float8, and its transpose (n, m) for another product. Values beyond
+    float8's range are clipped: a cast would give infinity or NaN."""
     most = torch.finfo(dtype).max
     narrow = (x / unit).clamp(-most, most).to(dtype)
     return narrow, narrow.mT.contiguous()
 
 
 def product(a, b, unit, dtype, fast=False):
-    """(m, k) x (n, k)^T -> (m, n) in `dtype`; of float8, which is contiguous, times `unit`."""
+    """(m, k) x (n, k)^T -> (m, n) in `dtype`; of float8, which must be contiguous, times `unit`."""
     if a.dtype.itemsize > 1:
         return (a @ b.mT).to(dtype)
     one = torch.ones((), device=a.device)
@@ -1320,9 +1362,9 @@ def product(a, b, unit, dtype, fast=False):
 
 
 def softcap(z, cap, unit=1.0):
-    """Logits h tanh((z + s) / r) and their derivative by z, both in units of `unit` nats; h = 0: z itself.
-    The cap keeps the model from being too sure (Gemma 2), the shift leaves room for unlikely tokens
-    (#54). The tanh is written by the sigmoid, which GPUs compute faster."""
+    """Logits h tanh((z + s) / r) and their derivative by z, both in units of `unit` nats; h = 0: z
+    itself. The cap keeps the model from overconfidence (Gemma 2), the shift leaves room for
+    unlikely tokens (#54). The tanh is computed by a sigmoid, which is faster on GPUs."""
     height, extent, shift = cap
     if not height:
         return z / unit, 1 / unit
@@ -1331,11 +1373,12 @@ def softcap(z, cap, unit=1.0):
 
 
 def chunk_losses(z, targets, weights, cap):
-    """(n, V), (n, k), k weights () -> weighted loss and loss of the next token, in nats; log2 of the sum of
-    exponentials (n, 1), in bits. A target of -1 is none. cap: of `softcap`. It is compiled apart from the
-    gradient: in one graph the compiler makes one kernel of both, whose transposed copy is slow."""
+    """z (n, V), targets (n, k), k weights () -> the weighted loss and the next token's, in nats;
+    log2 of the sum of exponentials (n, 1), in bits. Targets of -1 do not count. cap: as in
+    `softcap`. Compiled apart from the gradient: one graph would become one kernel, and its
+    transposed copy is slow."""
     logits = softcap(z.to(wide(z.dtype)), cap, BIT)[0]
-    bounded = 0 < cap[0] <= 60  # no exponential overflows: the maximum need not be known first
+    bounded = 0 < cap[0] <= 60  # no exponential overflows: no maximum is needed
     highest = 0 if bounded else logits.amax(-1, keepdim=True)
     normaliser = (logits - highest).exp2().sum(-1, keepdim=True).log2() + highest
     chosen = softcap(z.gather(1, targets.clamp_min(0)).to(normaliser.dtype), cap, BIT)[0]
@@ -1360,16 +1403,17 @@ def chunk_gradient(z, normaliser, targets, weights, cap, float8):
 
 
 class ChunkedLoss(torch.autograd.Function):
-    """hidden (N, D), head (V, D), targets (N, k), k weights -> the sum of all weighted cross-entropies, and of
-    those of the next token, (), by chunks of config.loss_chunk tokens. Rows that pad the head take part
-    in the softmax, in validation too, as in the records."""
+    """hidden (N, D), head (V, D), targets (N, k), k weights -> () the sum of all weighted
+    cross-entropies, and () that of next tokens, in chunks of config.loss_chunk tokens. The head's
+    padding rows take part in the softmax, in validation too, as in the records."""
 
     @staticmethod
     def forward(ctx, hidden, head, targets, weights, model, with_gradient):
-        config, dtype, float8 = model.config, hidden.dtype, model.float8 and with_gradient
+        config, dtype = model.config, hidden.dtype
+        float8 = model.float8 and with_gradient
 
         def both_ways(x, unit):
-            """For products over its last axis, and over its first."""
+            """x, for products over its last axis, and its transpose, for those over its first."""
             if float8:
                 return model.run_quantised(x, unit, torch.float8_e4m3fn)
             return x.to(dtype), x.to(dtype).mT
@@ -1405,7 +1449,7 @@ class ChunkedLoss(torch.autograd.Function):
 # --------------------------------------------------------------------------------------------------
 # Optimizers. In: gradients of this process's rows. Out: updated parameters, equal on all processes.
 # The parameters of a group lie in one tensor. Each process reduces, updates and keeps optimizer
-# state for its own slice of it only.
+# state for one slice of it.
 
 # torch 2.13 renamed both; 2.11 and 2.12 know the older names only.
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -1414,18 +1458,22 @@ all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_te
 
 class Group:
     """Parameters of one kind as slices of one tensor, padded so that it divides among processes.
-    They and their gradients become views of `weights` and `gradients`.
+    Parameters and their gradients become views of `weights` and `gradients`.
 
-    An update is reduce (a reduce_scatter of gradients), update (of this process's slice), gather (an
-    all_gather of slices). The reduction starts by itself in the backward pass, when the last gradient
-    of the group is there.
+    An update is reduce (a reduce_scatter of gradients), update (of this process's slice), gather
+    (an all_gather of slices). The reduction starts in the backward pass, as soon as the last
+    gradient of the group is ready.
     """
 
     def __init__(self, name, axes, parameters, config, processes):
-        """axes: the trailing axes of a unit, which no slice divides: 2, a matrix; 1, a row; 0, a scalar."""
-        self.name, self.parameters, self.config, self.world = name, parameters, config, processes.world
+        """axes: how many last axes form a unit, which no slice divides: 2, a matrix; 1, a
+        row; 0, a scalar."""
+        self.name = name
+        self.parameters = parameters
+        self.config = config
+        self.world = processes.world
         unit = parameters[0].shape[parameters[0].dim() - axes:]
-        # Each parameter begins on 16 bytes: compiled kernels rely on what they saw of layer 0's.
+        # Each parameter is aligned to 16 bytes: graphs compiled for layer 0 rely on it.
         align = 16 // math.gcd(16, unit.numel() * parameters[0].element_size())
         self.slices, self.length = [], 0
         for p in parameters:
@@ -1439,28 +1487,28 @@ class Group:
             self.weights[part] = p.data.reshape(-1, *unit)
             p.data, p.grad = self.weights[part].view(p.shape), self.gradients[part].view(p.shape)
             p.register_post_accumulate_grad_hook(self.gradient_arrived)
-            p.gradient_arrived = self.gradient_arrived  # for gradients that do not come by autograd
+            p.gradient_arrived = self.gradient_arrived  # for TableRows
         self.own_slice = slice(processes.rank * share, (processes.rank + 1) * share)
         self.own = self.weights[self.own_slice]
         self.own_gradient = self.gradients if self.world == 1 else torch.zeros_like(self.own)
         self.state_dtype = wide(self.own.dtype)
         self.state, self.pending, self.work = [], set(), None  # state: buffers of this slice
-        self.exchanges = self.world > 1  # not where processes warm up by themselves
-        self.every, self.after = 1, -1  # updates are due in every so many-th step after this one
+        self.exchanges = self.world > 1  # off while each process warms up alone
+        self.every, self.after = 1, -1  # update in every `every`-th step after step `after`
 
     def is_due(self, step):
         return step > self.after and (step + 1) % self.every == 0
 
     def per_unit(self, values, *shape):
-        """A value of this shape for each parameter, or for each of its units -> one for each unit of this
-        process's slice; 0 for padding."""
+        """For each parameter a value of this shape, or one for each of its units -> the values of
+        all units in this process's slice; 0 for padding."""
         units = self.own.new_zeros(len(self.weights), *shape, dtype=self.state_dtype)
         for part, value in zip(self.slices, values, strict=True):
             units[part] = units.new_tensor(value)
         return units[self.own_slice]
 
     def expect_gradients(self):
-        """The next backward pass is the last of the step: reduce when all its gradients are there."""
+        """The next backward pass is the step's last: reduce once all its gradients are ready."""
         self.pending = set(self.parameters)
 
     def gradient_arrived(self, p):
@@ -1470,28 +1518,28 @@ class Group:
                 self.reduce()
 
     def reduce(self):
-        """Start to sum the gradients over processes, if that has not begun."""
+        """Start the reduce_scatter of gradients, unless it has begun."""
         if self.exchanges and self.work is None:
             self.work = reduce_scatter(self.own_gradient, self.gradients, async_op=True)
 
     def gather(self):
-        """Start to send the updated slice to all. The gradients are used up, and zero again."""
+        """Start the all_gather of updated slices. The gradients are used up: zero them."""
         self.gradients.zero_()
         if self.exchanges:
             self.work = all_gather(self.weights, self.own, async_op=True)
 
     def wait(self):
-        """For what was started last. On a GPU, what is launched from here on runs after it."""
+        """Wait for what was started last. On a GPU, only later kernels wait, not the host."""
         if self.work is not None:
             self.work.wait()
         self.work = None
 
     def as_tensor(self, value):
-        """A number that changes with the step, as a tensor: compiled code sees no new constant."""
+        """A number that changes with the step, as a tensor: a new constant would recompile."""
         return torch.tensor(value, dtype=self.state_dtype)
 
     def whole(self, buffer):
-        """A buffer of the state from all processes, for a checkpoint of any number of them."""
+        """A state buffer gathered from all processes, for a checkpoint that suits any number of them."""
         if self.world > 1:
             full = buffer.new_empty(len(self.weights), *buffer.shape[1:])
             all_gather(full.view(torch.uint8), buffer.view(torch.uint8))  # bytes suit every backend
@@ -1499,7 +1547,7 @@ class Group:
         return buffer[:self.length]
 
     def load(self, buffer, whole):
-        """This process's slice of such a buffer."""
+        """Fill `buffer` with this process's slice of `whole`."""
         if whole.shape != (self.length, *buffer.shape[1:]):
             raise ValueError(f"{self.name} has state of shape {tuple(whole.shape)}")
         part = whole[self.own_slice]  # shorter, where the slice ends in padding
@@ -1507,21 +1555,24 @@ class Group:
 
 
 # Margin on the norm, and coefficients of the quintics a x + b x^3 + c x^5 that drive every singular
-# value in (0, 1] towards 1. Polar Express (#38): each one the best for what those before it leave.
+# value in (0, 1] towards 1. Polar Express (#38): each is optimal for what those before it leave.
 ORTHOGONALISERS = {
     "newton-schulz": (1.0, 5 * ((3.4445, -4.7750, 2.0315),)),
     "polar-express": (1.02, tuple(zip(  # a of the five iterations, then b, then c
-        (8.156554524902461, 4.042929935166739, 3.8916678022926607, 3.285753657755655, 2.3465413258596377),
-        (-22.48329292557795, -2.808917465908714, -2.772484153217685, -2.3681294933425376, -1.7097828382687081),
-        (15.878769915207462, 0.5000178451051316, 0.5060648178503393, 0.46449024233003106, 0.42323551169305323),
+        (8.156554524902461, 4.042929935166739, 3.8916678022926607,
+         3.285753657755655, 2.3465413258596377),
+        (-22.48329292557795, -2.808917465908714, -2.772484153217685,
+         -2.3681294933425376, -1.7097828382687081),
+        (15.878769915207462, 0.5000178451051316, 0.5060648178503393,
+         0.46449024233003106, 0.42323551169305323),
         strict=True))),
     "none": (1.0, ()),
 }
 
 
 def orthogonalise(update, kind, dtype):
-    """(..., rows, columns) -> the same shape in `dtype`: about U V^T of each matrix U S V^T (Muon).
-    The size of the input does not matter, however small: its largest entry divides it first. A zero
+    """(..., rows, columns) -> the same shape in `dtype`: about U V^T of each matrix U S V^T
+    (Muon). The input's scale does not matter: its largest entry divides it first. A zero
     matrix stays zero."""
     margin, quintics = ORTHOGONALISERS[kind]
     x = update / update.abs().amax((-2, -1), keepdim=True).clamp_min(torch.finfo(update.dtype).tiny)
@@ -1536,8 +1587,7 @@ def orthogonalise(update, kind, dtype):
 
 
 def averaged_axis(matrices):
-    """The axis over which NorMuon takes mean squares: one for each row; if wider than tall, for each
-    column (#80)."""
+    """The axis of NorMuon's mean squares: one per row or, if wider than tall, per column (#80)."""
     return -1 if matrices.shape[-2] >= matrices.shape[-1] else -2
 
 
@@ -1547,7 +1597,8 @@ def equalise_rows(update, mean_square, beta2):
     square = update.square().mean(averaged_axis(update), keepdim=True)
     mean_square.lerp_(square, 1 - beta2)
     factor = mean_square.clamp_min(1e-10).rsqrt()
-    before, after = (part.sum((-2, -1), keepdim=True).sqrt() for part in (square, square * factor.square()))
+    before, after = (part.sum((-2, -1), keepdim=True).sqrt()
+                     for part in (square, square * factor.square()))
     return update * (factor * before / after.clamp_min(1e-10))
 
 
@@ -1564,9 +1615,10 @@ def split_bits(x):
 
 def muon_update(weight, gradient, average, mean_square, low_bits, scale, rate, momentum, decay,
                 beta2, kind, dtype):
-    """Muon in place: Nesterov momentum in average form (#15), orthogonalised, rows equalised. Weights decay,
-    by the rate squared, only where the update shrinks them or is 0 (cautious, #43). All (n, rows,
-    columns), but mean squares (one axis 1), scale (n, 1, 1), rate and momentum (); low_bits or None."""
+    """Muon in place: Nesterov momentum in average form (#15), orthogonalised, rows equalised.
+    Weight decay, by the rate squared, acts only where the update shrinks the weight or is 0
+    (cautious, #43). All (n, rows, columns), except mean_square (one axis is 1), scale (n, 1, 1),
+    rate and momentum (); low_bits may be None."""
     gradient = gradient.to(average.dtype)
     average.mul_(momentum).add_(gradient * (1 - momentum))
     nesterov = average * momentum + gradient * (1 - momentum)
@@ -1582,8 +1634,9 @@ def muon_update(weight, gradient, average, mean_square, low_bits, scale, rate, m
 
 
 def adam_update(weight, gradient, mean, mean_square, settings, factor, count, epsilon):
-    """Adam in place, in at least float32; epsilon is outside the corrected root. settings: (units, 4)
-    rate, beta1, beta2, decay of each. Decay is cautious (#50), and 0 where the update is."""
+    """Adam in place, in at least float32; epsilon is added after bias correction and root.
+    settings: (units, 4), rate, beta1, beta2, decay of each. Decay is cautious (#50), and 0 where
+    the update is."""
     rate, beta1, beta2, decay = settings.view(-1, 4, *[1] * (weight.dim() - 1)).unbind(1)
     rate, gradient, old = rate * factor, gradient.to(mean.dtype), weight.to(mean.dtype)
     mean.lerp_(gradient, 1 - beta1)
@@ -1600,7 +1653,8 @@ class Muon(Group):
     def __init__(self, name, axes, parameters, scales, model, processes):
         """scales: for each parameter, factors on the updates of its matrices, in turn."""
         super().__init__(name, axes, parameters, model.config, processes)
-        self.dtype, self.kernel = model.dtype, compiled_if(model.compiled, muon_update)
+        self.dtype = model.dtype
+        self.kernel = compiled_if(model.compiled, muon_update)
         average = torch.zeros_like(self.own, dtype=self.state_dtype)
         self.state = [average, torch.zeros_like(average.mean(averaged_axis(average), keepdim=True))]
         if self.weights.dtype == torch.bfloat16:
@@ -1608,7 +1662,8 @@ class Muon(Group):
         self.scale = self.per_unit(scales)[:, None, None]
 
     def update(self, step):
-        config, (average, mean_square, low_bits) = self.config, (*self.state, None)[:3]
+        config = self.config
+        average, mean_square, low_bits = (*self.state, None)[:3]
         rate = self.as_tensor(config.muon_lr * learning_rate_factor(step, config))
         momentum = self.as_tensor(momentum_at(step, config))
         self.kernel(self.own, self.own_gradient, average, mean_square, low_bits, self.scale, rate,
@@ -1616,14 +1671,14 @@ class Muon(Group):
 
 
 class Adam(Group):
-    """Tables, by row, or gates and scalars. State: mean and mean square of the gradients. Gradients of a
-    last step that is not due go unused, as in the record."""
+    """Tables, by row, or gates and scalars. State: mean and mean square of the gradients. If the
+    last step is not due, its gradients go unused, as in the record."""
 
     def __init__(self, name, axes, parameters, settings, model, processes):
         """settings: rate, beta1, beta2, decay of each parameter."""
         super().__init__(name, axes, parameters, model.config, processes)
         self.settings = self.per_unit(settings, 4)
-        self.every = model.config.adam_every  # with the gradients of as many steps (#39)
+        self.every = model.config.adam_every  # over these steps gradients add up (#39)
         self.after = last_tied_step(model.config) if name == "embedding" else -1
         self.kernel = compiled_if(model.compiled, adam_update)
         self.state = [torch.zeros_like(self.own, dtype=self.state_dtype) for _ in range(2)]
@@ -1636,8 +1691,8 @@ class Adam(Group):
 
 
 def optimizer_groups(model, processes):
-    """Every parameter in exactly one group, in the order of their updates: first those whose gradients
-    the backward pass has first; the tables, which travel longest, before half of Muon's arithmetic."""
+    """All parameters, each in one group, in the order of updates: first those whose gradients come
+    first; the tables, which take longest to send, before half of Muon's arithmetic."""
     config, members = model.config, {}
     for name, p in model.named_parameters():
         words = name.split(".")
@@ -1649,9 +1704,10 @@ def optimizer_groups(model, processes):
     factors = {"mlp": (MLP_RATIO**0.5, config.down_scale), "qk": (1.0,), "vo": (1.0,)}  # on updates
     early, late = ({f"{kind}.{depth}": factors[kind] for kind in factors} for depth in ("early", "late"))
     tables = {name: config.adam_tables for name in reversed(members) if "value_tables" in name}
-    gates, (rate, *betas, decay) = config.adam_gates, config.adam_gates
+    gates = config.adam_gates
+    rate, *betas, decay = gates
     mixing, scalars = config.adam_mixing, config.adam_scalars
-    plan = {  # factors for Muon; Adam's rate, betas, decay of a table, or of each kind of small parameters
+    plan = {  # Muon's factors; Adam's settings for a table, or by kind of small parameter
         "head": config.adam_head, **late, **tables, "bigram_table": config.adam_tables,
         "embedding": config.adam_embedding, **early,
         "small": {
@@ -1676,14 +1732,15 @@ def optimizer_groups(model, processes):
 
 
 def untie(groups):
-    """From here on embedding and head are two tables (#53), equal so far, as are their moments."""
+    """Split embedding and head (#53): the embedding starts as a copy of the head, moments too."""
     head, embedding = groups["head"], groups["embedding"]
-    for copy, original in zip((embedding.weights, *embedding.state), (head.weights, *head.state), strict=True):
-        copy.copy_(original)
+    embedding.weights.copy_(head.weights)
+    for moment, original in zip(embedding.state, head.state, strict=True):
+        moment.copy_(original)
 
 
 def apply_updates(groups, step):
-    """One update of these groups. The exchange of one runs beside the arithmetic of another."""
+    """Update these groups. The communication of one overlaps the arithmetic of another."""
     for group in groups:
         group.reduce()
     for group in groups:
@@ -1704,7 +1761,7 @@ def rows_at_once(config, row_tokens, device):
 
 
 def micro_batches(batch, config):
-    """The rows of a process in equal parts, as large as memory may hold."""
+    """This process's rows in equal parts, as large as config.micro_tokens allows."""
     rows, row_tokens = batch.inputs.shape
     most = rows_at_once(config, row_tokens, batch.inputs.device)
     size = max(n for n in range(1, rows + 1) if rows % n == 0 and n <= most)
@@ -1715,8 +1772,8 @@ def train_step(model, groups, batch, step):
     """Forward, backward, and the updates that are due. Returns this process's part of the loss of the
     next token, () on the device: the parts of all processes add up to the mean over all tokens.
 
-    Gradients are of the sum over tokens, divided by the first stage's batch throughout: they grow
-    with the batch, while Adam's moments go on (#46).
+    The gradient is that of the summed loss, divided in all stages by the first stage's batch: it
+    grows with the batch, while Adam's moments go on (#46).
     """
     config, phase = model.config, phase_at(step, model.config)
     due = [group for group in groups.values() if group.is_due(step)]
@@ -1727,7 +1784,7 @@ def train_step(model, groups, batch, step):
             for group in due:
                 group.expect_gradients()
         loss, next_token_loss = model.loss(micro, phase)
-        (loss / config.tokens_per_step[0]).backward()  # float8's units and Adam's epsilon are for this size
+        (loss / config.tokens_per_step[0]).backward()  # float8's units and Adam's epsilon fit this size
         total += next_token_loss / value_at(config.tokens_per_step, phase.stage)
     apply_updates(due, step)
     if step == last_tied_step(config):
@@ -1737,13 +1794,14 @@ def train_step(model, groups, batch, step):
 
 @torch.no_grad()
 def validate(model, stream, tokens, step, processes):
-    """Mean cross-entropy of the next token over the first `tokens` targets of the stream. Rows go
-    round the processes; the sum is divided once, so that the number of processes does not matter."""
-    config, row, device = model.config, model.config.val_row_tokens, processes.device
+    """Mean cross-entropy of the next token over the first `tokens` targets of the stream.
+    Processes take rows in turn; the sum is divided once, so that their number does not matter."""
+    config, row_tokens, device = model.config, model.config.val_row_tokens, processes.device
     phase = phase_at(step, config)._replace(token_weights=(1.0,), prefix_weight=0.0)
-    rows = rows_at_once(config, row, device)
-    places = range(processes.rank * rows * row, tokens, processes.world * rows * row)
-    batches = (validation_rows(stream, place, rows, row, tokens) for place in places)
+    rows = rows_at_once(config, row_tokens, device)
+    turn = rows * row_tokens
+    positions = range(processes.rank * turn, tokens, processes.world * turn)
+    batches = (validation_rows(stream, begin, rows, row_tokens, tokens) for begin in positions)
     total = torch.zeros((), dtype=torch.float64, device=device)
     for batch in prefetched(batches, device):
         total += model.loss(batch, phase)[1]
@@ -1753,13 +1811,15 @@ def validate(model, stream, tokens, step, processes):
 
 
 def warm_up(model, groups, data, processes):
-    """Compile everything on throw-away steps of every stage, put every number back, return the
-    seconds it took. The first processes of a machine compile a stage each, then all find all kernels
-    on disk. From here on a recompilation is an error, so that none can hide inside the timed region."""
-    begin, config, device = time.perf_counter(), model.config, processes.device
-    alone, local = Processes(0, 1, device), int(os.environ.get("LOCAL_RANK", "0"))
+    """Compile everything in throw-away steps of every stage, restore every number, return the
+    seconds it took. The first processes of a machine compile one stage each; then all find every
+    kernel on disk. From here on a recompilation is an error: none can hide in the timed region."""
+    begin = time.perf_counter()
+    config, device = model.config, processes.device
+    alone = Processes(0, 1, device)
+    local = int(os.environ.get("LOCAL_RANK", "0"))
     torch.compiler.set_stance("default")
-    backup = [(tensor, tensor.to("cpu", copy=True))  # off the GPU, whose peak is logged
+    backup = [(tensor, tensor.to("cpu", copy=True))  # on the CPU: the GPU's peak is logged
             for group in groups.values() for tensor in (group.weights, group.gradients, *group.state)]
     for group in groups.values():
         group.exchanges = False
@@ -1774,7 +1834,7 @@ def warm_up(model, groups, data, processes):
     for border in borders[local:local + 1] if processes.world > 1 else ():
         run_stage(border)
     processes.barrier()
-    for group in groups.values():  # all processes run the same from here on, and so connect
+    for group in groups.values():  # now all run the same steps, which connects them
         group.exchanges = processes.world > 1
     for border in borders:
         run_stage(border)
@@ -1801,8 +1861,8 @@ class Data(NamedTuple):
 
 
 class Progress(NamedTuple):
-    """Where a run stands: beside weights and optimizer state, all that it needs to go on. Its data are
-    read again from the start, so that their order needs no state."""
+    """Where a run stands: besides weights and optimizer state, all that resuming needs. The data's
+    order needs no state, as the stream is read again from its start."""
 
     step: int = 0  # updates done
     seconds: float = 0.0  # of training
@@ -1810,11 +1870,11 @@ class Progress(NamedTuple):
 
 
 def open_data(config):
-    """Both streams. Raises UserError before anything is computed or written."""
+    """Open and check all data. Raises UserError before anything is computed or written."""
     train, val = TokenStream(config.train_files), TokenStream(config.val_files)
-    kinds = [(stream.vocabulary, stream.separator) for stream in (train, val)]
-    if kinds[0] != kinds[1]:
-        raise UserError(f"training and validation shards have (vocabulary, separator) {kinds}; encode alike")
+    if train.kind != val.kind:
+        raise UserError("training and validation shards have (vocabulary, separator) "
+                        f"{train.kind} and {val.kind}; encode alike")
     for stream, least in ((train, max(config.row_tokens) + 1), (val, 2)):
         if stream.tokens < least:
             raise UserError(f"{stream.pattern} has {stream.tokens} tokens, expected {least} or more; make "
@@ -1826,12 +1886,14 @@ def open_data(config):
                         f"{' besides the cut parts of documents' * cut}; make more "
                         f"({shard_command(train.pattern)}), or give --repeat true, or fewer --steps"
                         + ", or --long-documents continue" * cut)
-    for stage in range(STAGES + 1) if config.shuffle else ():  # the first row is the first to end
-        if training_row(train, 0, row_shape(stage, config), config)[-1] > train.tokens:
-            raise UserError(f"{train.pattern} has no whole row of {row_shape(stage, config)[0]} tokens to "
+    for stage in range(STAGES + 1) if config.shuffle else ():  # if any row fits, the first does
+        shape = row_shape(stage, config)
+        if training_row(train, 0, shape, config)[-1] > train.tokens:
+            raise UserError(f"{train.pattern} has no whole row of {shape[0]} tokens to "
                             f"shuffle; make more ({shard_command(train.pattern)}), or give a shorter "
                             "--row-tokens, or --shuffle false")
-    found, prefixes = {"train": train.fingerprints(), "val": val.fingerprints()}, None
+    found = {"train": train.fingerprints(), "val": val.fingerprints()}
+    prefixes = None
     if config.prefix_weight:
         prefixes = read_prefixes(train)
         found["train"][PREFIXES] = [0 if prefixes is None else zlib.crc32(prefixes)]
@@ -1839,14 +1901,14 @@ def open_data(config):
 
 
 def training_loop(model, groups, data, processes, log, progress, received):
-    """All steps that are left, with their validations and checkpoints. Raises UserError for numbers
-    that are not finite, and SystemExit, 128 + its number, after a signal, which `received` holds."""
+    """The remaining steps, with their validations and checkpoints. Raises UserError for
+    numbers that are not finite; after a signal, which `received` holds, SystemExit with 128
+    + its number."""
     config, first = model.config, progress.step
     save_every = -(-config.save_every // config.adam_every) * config.adam_every  # when Adam has updated
-    batches = step_batches(data.train, config, processes)
-    for _ in range(first):  # of a run that goes on
-        next(batches)
-    batches, clock = prefetched(batches, processes.device), Clock(processes, progress.seconds)
+    batches = islice(step_batches(data.train, config, processes), first, None)  # skip steps done
+    batches = prefetched(batches, processes.device)
+    clock = Clock(processes, progress.seconds)
     reports = Reports(groups, data.train, processes, log, clock)
     for step in range(first, config.steps + 1):
         may_save = first < step < config.steps and step % config.adam_every == 0
@@ -1878,17 +1940,16 @@ def training_loop(model, groups, data, processes, log, progress, received):
 
 
 def train(config, processes):
-    """The whole run. Returns its folder, None on processes other than 0. Raises UserError; leaves a
-    model, or after a signal a checkpoint and raises SystemExit."""
+    """The whole run. Returns its folder, or None where another process writes it. Leaves a model; after a
+    signal a checkpoint, and raises SystemExit. Raises UserError."""
     config, float8, compiled = for_device(config, processes)
     data, device = open_data(config), processes.device
     processes.check_agreement(texts(config) | data.fingerprints | {
         "script": Path(__file__).read_text(encoding="utf-8"), "torch": torch.__version__, "float8": float8})
     saved = checkpoint_to_resume(config, data, processes)
-    if saved and "state" not in saved:  # so that a job that is repeated until it is done ends
-        if processes.rank > 0:
-            return None
-        say(f"this run is finished: {saved['path']}; --resume none starts anew, or give another --out")
+    if saved and "state" not in saved:  # ends a job that restarts until it is done
+        if processes.rank == 0:
+            say(f"this run is finished: {saved['path']}; --resume none starts anew, or give another --out")
         return Path(saved["path"]).parent
     with RunLog(config, processes, saved) as log:
         log.line("\n".join([environment(processes), json.dumps(asdict(config)),
@@ -2571,7 +2632,7 @@ class Reports:
     log: RunLog
     clock: Clock
     signal: int = 0
-    unread: deque = field(default_factory=deque)
+    unread: tuple = ()
 
     def send(self, step, batch, loss, received):
         """loss: () on the device, this process's part. received: no signal, or one."""
@@ -2582,23 +2643,26 @@ class Reports:
             all_gather(reports, report)
         reports = reports.to("cpu", non_blocking=True)
         arrived = torch.cuda.current_stream().record_event() if loss.is_cuda else None
-        self.unread.append((step, batch.positions, reports, arrived))
-        self.read(leave=loss.is_cuda)
+        self.read()
+        self.unread = step, batch.positions, reports, arrived
+        if not arrived:
+            self.read()
 
-    def read(self, leave=0):
-        """All but `leave` of them, the oldest first. Raises UserError for a loss or weight that is not finite."""
-        while len(self.unread) > leave:
-            step, positions, reports, arrived = self.unread.popleft()
-            if arrived:
-                arrived.synchronize()
-            for _, rank in (~reports.T.isfinite()).nonzero().tolist():  # losses, then weights
-                shard, token = self.stream.locate(self.processes.gather_values(positions)[rank][0])
-                raise UserError(
-                    f"the loss of step {step + 1}, or a weight after it, is not finite in process "
-                    f"{rank}, whose rows begin in {shard.path} at token {token}{self.log.way_on()}")
-            loss, _, number = reports.T
-            self.log.record(step + 1, self.clock.now(), train_loss=loss.sum().item())
-            self.signal = int(number.max())
+    def read(self):
+        """The report that waits, if any. Raises UserError for a loss or weight that is not finite."""
+        if not self.unread:
+            return
+        (step, positions, reports, arrived), self.unread = self.unread, ()
+        if arrived:
+            arrived.synchronize()
+        for _, rank in (~reports.T.isfinite()).nonzero().tolist():  # losses, then weights
+            shard, token = self.stream.locate(self.processes.gather_values(positions)[rank][0])
+            raise UserError(
+                f"the loss of step {step + 1}, or a weight after it, is not finite in process "
+                f"{rank}, whose rows begin in {shard.path} at token {token}{self.log.way_on()}")
+        loss, _, number = reports.T
+        self.log.record(step + 1, self.clock.now(), train_loss=loss.sum().item())
+        self.signal = int(number.max())
 
 
 # --------------------------------------------------------------------------------------------------
