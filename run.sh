@@ -8,7 +8,7 @@
 #   ./run.sh check       20 small steps, compared with stored losses: does this machine compute our numbers?
 set -euo pipefail
 from=$PWD
-cd "$(dirname "${BASH_SOURCE[0]}")"
+CDPATH="" cd -- "$(dirname -- "${BASH_SOURCE[0]}")"
 
 say() { printf '\033[1m==> %s\033[0m\n' "$*"; }
 
@@ -58,6 +58,7 @@ for _ in {1..5}; do
     sleep 0.02
 done
 if [[ "${1:-}" == test || $busy -ge 3 ]]; then export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-1000}; fi
+[[ "$from" == "$PWD" ]] || say "commands that are named below work after: ${first%; }"
 case "${1:-}" in
 test)
     shift
@@ -90,7 +91,7 @@ for word in "$@"; do  # an option, its value, or option=value; relative files ar
     if [[ "$word" == --* ]]; then option=${word%%=*}; fi
     text=${word#--*=}
     case "$option $text" in
-    *" --"* | "--resume none" | "--resume auto") ;;
+    "$word $word" | "--resume none" | "--resume auto") ;;
     --preset\ *) preset=$text ;;
     --device\ *) device=$text ;;
     --train[-_]files\ * | --val[-_]files\ * | --out\ * | --resume\ *)

@@ -70,6 +70,11 @@ class UserError(SystemExit):
         super().__init__(" ".join(line.splitlines()))
 
 
+def tool(name):
+    """How to call a script of this repository from the current folder."""
+    return f"python {shlex.quote(os.path.relpath(Path(__file__).parent / name))}"
+
+
 # ==================================================================================================
 # PART I: THE RECIPE
 # ==================================================================================================
@@ -81,23 +86,23 @@ STAGES = 3  # equal parts of the schedule; the extension after them is one more
 
 
 class Kind(NamedTuple):
-    """What a setting takes: one of `choices`, a number from `low` to `high`, or as many numbers as
-    `lengths` allows. The comment beside a setting is its help."""
+    """What a setting takes: any text, one of `choices`, a number from `low` to `high`, or as many
+    numbers as `lengths` allows. The comment beside a setting is its help."""
 
     of: type
     low: float = 0
     high: float = 1e18
     lengths: range | None = None
-    choices: tuple[str, ...] = ()
+    choices: dict = {}  # text -> value
 
 
 def one_of(*choices):
-    return Kind(str, choices=choices)
+    return Kind(str, choices={choice: choice for choice in choices})
 
 
 BY_STAGE = range(1, STAGES + 2)  # lengths; the last value repeats
 Text = Kind(str)
-Flag = Kind(bool, choices=("true", "false"))
+Flag = Kind(bool, choices={"true": True, "false": False})
 Number = Kind(float)
 Whole = Kind(int)
 Count = Kind(int, 1)
@@ -456,8 +461,8 @@ def shard_command(path):
     """The command that makes shards like `path`, the name of one or a pattern."""
     folder = re.sub(r"\[([*?[])]", r"\1", os.path.dirname(path)) or "."  # undoes glob.escape
     if folder.endswith("data/fineweb10B"):
-        return "python data/fineweb.py 10"
-    return f"python data/text.py TEXT... --out {shlex.quote(folder)}"
+        return f"{tool('data/fineweb.py')} 10 --out {shlex.quote(folder)}"
+    return f"{tool('data/text.py')} TEXT... --out {shlex.quote(folder)}"
 
 
 def damaged(path, problem):
@@ -479,7 +484,7 @@ def open_shard(path):
     if (magic, version) != (SHARD_MAGIC, SHARD_VERSION):
         raise UserError(
             f"{path} is no token shard: it begins with {magic}, {version}, expected {SHARD_MAGIC}, "
-            f"{SHARD_VERSION}; if it is text: python data/text.py {shlex.quote(path)} --out data/mine")
+            f"{SHARD_VERSION}; if it is text: {tool('data/text.py')} {shlex.quote(path)} --out data/mine")
     if count <= 0 or size != HEADER_BYTES + 2 * count:
         raise damaged(path, f"has {size} bytes, expected {HEADER_BYTES + 2 * count} for {count} tokens")
     if not 0 <= separator < vocabulary <= 65_536:
@@ -530,7 +535,7 @@ class TokenStream:
             checksum = 0
             for start in np.linspace(0, shard.tokens - size, 64).astype(int).tolist():
                 checksum = zlib.crc32(read_tokens(shard, start, size), checksum)
-            found[f"{number}: {Path(shard.path).name}"] = [*shard[1:], checksum]
+            found[f"{number}: {Path(shard.path).name}"] = spelled((*shard[1:], checksum))
         return found
 
     def locate(self, position):
@@ -581,25 +586,32 @@ def row_shape(stage, config):
     return tokens, value_at(config.document_tokens, stage) or tokens + 1
 
 
+def places_in_documents(starts):
+    """(n,) bool -> (n,) int32: how far each token is from its document's first one, or from 0."""
+    index = np.arange(len(starts), dtype=np.int32)
+    return index - np.maximum.accumulate(index * starts)
+
+
 def training_row(stream, position, shape, config):
     """The row that begins at `position`: (T + 1,) uint16, inputs and the last target; (T + 1,)
     bool, where documents start; and the next row's position. shape: T, and the longest document.
     Every row begins with a document (#29). Documents are cut at the longest length and at the
     row's end; the rest is dropped, or begins a document of its own."""
-    count, longest = shape[0] + 1, shape[1]
-    drops = config.long_documents == "drop"
-    span = count + count // 2 if drops else count
+    tokens_of_row, longest = shape
+    count = tokens_of_row + 1
+    if config.long_documents == "continue":  # the last target is the next row's first input
+        tokens, starts = stream.read(position, count)
+        starts |= places_in_documents(starts) % longest == 0
+        return tokens, starts, position + tokens_of_row
+    span = count + count // 2
     while True:  # until what was read holds a row and the start of the document after it
         tokens, starts = stream.read(position, span)
-        index = np.arange(span, dtype=np.int32)
-        offset = index - np.maximum.accumulate(index * starts)  # of each token in its document
-        if not drops:  # the last target is the next row's first input
-            return tokens, starts | (offset % longest == 0), position + count - 1
-        chosen = np.flatnonzero(offset < longest)[:count]
+        place = places_in_documents(starts)
+        chosen = np.flatnonzero(place < longest)[:count]
         next_starts = np.flatnonzero(starts[chosen[-1] + 1:])
         if len(chosen) == count and len(next_starts):
             following = position + int(chosen[-1] + 1 + next_starts[0])
-            return tokens[chosen], offset[chosen] == 0, following
+            return tokens[chosen], place[chosen] == 0, following
         span *= 2
 
 
@@ -1831,7 +1843,7 @@ def warm_up(model, groups, data, processes):
             validate(model, data.val, 1, step, alone)
 
     borders = stage_borders(config)[:-1]
-    for border in borders[local:local + 1] if processes.world > 1 else ():
+    for border in borders[local:local + 1]:
         run_stage(border)
     processes.barrier()
     for group in groups.values():  # now all run the same steps, which connects them
@@ -1896,7 +1908,7 @@ def open_data(config):
     prefixes = None
     if config.prefix_weight:
         prefixes = read_prefixes(train)
-        found["train"][PREFIXES] = [0 if prefixes is None else zlib.crc32(prefixes)]
+        found["train"][PREFIXES] = spelled(0 if prefixes is None else zlib.crc32(prefixes))
     return Data(train, val, min(config.val_tokens, val.tokens - 1), prefixes, found)
 
 
@@ -1923,14 +1935,14 @@ def training_loop(model, groups, data, processes, log, progress, received):
                 if validating:
                     loss = validate(model, data.val, data.val_tokens, step, processes)
                     if not math.isfinite(loss):
-                        raise UserError(f"the validation loss after step {step} is {loss}{log.way_on()}")
-                    log.record(step, clock.seconds, val_loss=loss, peak_memory_mib=peak_memory(processes))
+                        raise UserError(f"the validation loss after step {step} is {loss}{log.resume_hint()}")
+                    log.record(step, clock.seconds, "val_loss", loss, peak_memory_mib=peak_memory(processes))
                     progress = progress._replace(val_loss=loss)
                 if saving:
                     save_checkpoint(log, model, groups, data, processes, progress)
                 if stopping:
                     name = signal.Signals(reports.signal).name
-                    log.line(f"stopped by {name} after step {step} of {config.steps}{log.way_on()}")
+                    log.line(f"stopped by {name} after step {step} of {config.steps}{log.resume_hint()}")
                     raise SystemExit(128 + reports.signal)
         if step < config.steps:
             batch = next(batches)
@@ -1966,7 +1978,7 @@ def train(config, processes):
         if compiled:
             own = str(Path(config.out, "compile_cache").absolute())
             cache = os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", own)
-            log.line(f"compiling, untimed: seconds if {cache} knows the code, else minutes")
+            log.line(f"compiling, untimed: seconds if {cache} holds the code, else minutes")
             log.line(f"compiled in {warm_up(model, groups, data, processes):.0f} s")
         with caught_signals() as received:
             progress = training_loop(model, groups, data, processes, log, progress, received)
@@ -1977,8 +1989,7 @@ def train(config, processes):
         log.line(f"final val_loss {progress.val_loss:.4f} nats per token, training time "
                  f"{progress.seconds:.2f} s, {pace:,.0f} tokens/s, peak memory "
                  f"{peak_memory(processes):,.0f} MiB; all of it in {log.folder}")
-        if log.folder:
-            say(f"a sample of it: python evals/sample.py {shlex.quote(str(log.folder))}")
+        log.line(f"a sample of it: {tool('evals/sample.py')} {shlex.quote(str(log.folder))}")
     return log.folder
 
 
@@ -2021,40 +2032,38 @@ def flag(name):
 
 
 def spelled(value):
-    """A setting as it is typed, exactly."""
+    """A value as text; inverts `typed`."""
     if type(value) is tuple:
         return ",".join(map(spelled, value)) or "none"
     return str(value).lower() if type(value) is bool else str(value)
 
 
 def typed(option, text):
-    """A text as the value of a setting, within its bounds. Raises ArgumentTypeError."""
+    """The value of a setting, from its text. Raises ArgumentTypeError if it is out of bounds."""
     of, low, high, lengths, choices = option.type
-    words = text.split(",") if lengths else [text]
-    if lengths and text == "none":
-        words = []
-    try:
-        values = [word == "true" if of is bool else of(word) for word in words]
-        bounded = text in choices if choices else of is str or all(low <= value <= high for value in values)
-        if not bounded or lengths and len(values) not in lengths:
-            raise ValueError
-    except ValueError:
-        expected = " or ".join(choices) or f"{of.__name__} from {low:g} to {high:g}"
-        if lengths:
-            expected += f", {lengths[0]} to {lengths[-1]} of them, joined by commas"
-        raise argparse.ArgumentTypeError(
-            f"found {text:.80}, expected {expected}, such as {spelled(option.default)}") from None
-    return tuple(values) if lengths else values[0]
+    with contextlib.suppress(KeyError, ValueError):
+        if choices:
+            return choices[text]
+        if of is str:
+            return text
+        values = tuple(map(of, [] if text == "none" else text.split(",")))
+        if len(values) in (lengths or [1]) and all(low <= value <= high for value in values):
+            return values if lengths else values[0]
+    expected = " or ".join(choices) or f"{of.__name__} from {low:g} to {high:g}"
+    if lengths:
+        expected += f", {lengths[0]} to {lengths[-1]} of them, joined by commas"
+    raise argparse.ArgumentTypeError(
+        f"found {text:.80}, expected {expected}, such as {spelled(option.default)}")
 
 
 def texts(config):
     return {name: spelled(value) for name, value in vars(config).items()}
 
 
-def comments():
-    """What stands beside the settings and techniques above, by their names."""
+def comments(quote):
+    """What stands beside the settings above, by name, or in quotes beside the techniques."""
     above, _, _ = Path(__file__).read_text(encoding="utf-8").partition("\nPRESETS")
-    return dict(re.findall(r'^    "?([\w-]+)"?: .*  # (.*)', above, re.MULTILINE))
+    return dict(re.findall(f"^    {quote}([\\w-]+){quote}: .*  # (.*)", above, re.MULTILINE))
 
 
 class Parser(argparse.ArgumentParser):
@@ -2063,8 +2072,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def make_parser():
-    notes = comments()
-    techniques = [f"  {name:18} {notes[name]}" for name in TECHNIQUES]
+    notes = comments(quote="")
+    techniques = [f"  {name:18} {note}" for name, note in comments(quote='"').items()]
     parser = Parser(
         usage="python train_gpt2.py [--preset NAME] [--SETTING VALUE] ...",
         description=__doc__.split("\n\nPart I")[0] + "\n\nIn parentheses: the values of gpt2.",
@@ -2084,19 +2093,19 @@ def make_parser():
 
 
 def parse_command_line(arguments):
-    """`--any-setting VALUE` on top of a preset, or of a checkpoint's settings. Raises UserError."""
+    """The given settings, on top of those of a preset or of a checkpoint. Raises UserError."""
     given, unknown = make_parser().parse_known_args(arguments)
     if unknown:
         raise UserError(f"unknown option {unknown[0]}{nearest(unknown[0])}{HELP}")
     given = vars(given)
     values = base_values(given)
     without = given.pop("without")
-    there = [name for name, off in TECHNIQUES.items() if not off.items() <= values.items()]
+    used = [name for name, off in TECHNIQUES.items() if not off.items() <= values.items()]
     for name in without:
-        if name not in there:
-            raise UserError(f"--without {name}: this recipe has only {', '.join(there)}")
+        if name not in used:
+            raise UserError(f"--without {name}: this recipe has only {', '.join(used)}")
     values = turned_off(values, without)
-    for one, other in (("train", "val"), ("val", "train")):  # shards of one kind stand beside the other
+    for one, other in (("train", "val"), ("val", "train")):  # one pattern gives the other
         if pattern := given.get(f"{one}_files"):
             given.setdefault(f"{other}_files", re.sub(f"{one}(?=[^/]*$)", other, pattern))
     if "out" in given:
@@ -2105,7 +2114,7 @@ def parse_command_line(arguments):
 
 
 def nearest(word):
-    """What an unknown option may mean, for its message."""
+    """A hint at what an unknown option may mean."""
     if not word.startswith("-"):
         return "; patterns of files take quotes"
     name = word.partition("=")[0].strip("-").replace("-", "_")
@@ -2115,7 +2124,7 @@ def nearest(word):
 
 
 def base_values(given):
-    """The settings below those given: of a preset, or of the checkpoint that --resume names."""
+    """What the given settings override: those of a preset, or of the checkpoint to resume."""
     preset, resume = given.get("preset", "gpt2"), given.get("resume", "none")
     if resume not in ("none", "auto"):
         saved = newest(Path(os.path.expanduser(resume)))
@@ -2127,7 +2136,7 @@ def base_values(given):
 
 
 def check_config(config):
-    """Returns it. Raises UserError for settings that cannot work together."""
+    """Returns it. Raises UserError if settings contradict each other."""
     rows, batches = (
         np.array([value_at(values, stage) for stage in range(STAGES + 1)])
         for values in (config.row_tokens, config.tokens_per_step))
@@ -2173,7 +2182,7 @@ class Processes(NamedTuple):
     rank: int  # of this process; 0 writes the log
     world: int  # how many there are
     device: torch.device  # of this process
-    host: dist.ProcessGroup | None = None  # gloo, for plain values and long waits
+    host: dist.ProcessGroup | None = None  # gloo, for Python values and barriers
 
     def synchronize(self):
         """Wait for the device, so that the host's clock means something."""
@@ -2186,14 +2195,14 @@ class Processes(NamedTuple):
             dist.monitored_barrier(self.host)
 
     def gather_values(self, value):
-        """The plain value of each process."""
+        """Each process's value, by rank."""
         values = [value] * self.world
         if self.world > 1:
             dist.all_gather_object(values, value, group=self.host)
         return values
 
     def check_agreement(self, facts):
-        """Raises UserError, on every process, where one has other facts than this one."""
+        """Raises UserError, on every process, if a fact differs between two of them."""
         for rank, other in enumerate(self.gather_values(facts)):
             for name in facts:
                 if other[name] != facts[name]:
@@ -2204,35 +2213,35 @@ class Processes(NamedTuple):
 
 
 def start_processes(config):
-    """Join the others where torchrun started several processes. Raises UserError."""
+    """Join the process group, if torchrun started several. Raises UserError."""
     device, host, environ = torch.device("cpu"), None, os.environ
-    if config.device == "cuda" and not torch.cuda.is_available():
+    on_gpu = config.device != "cpu" and torch.cuda.is_available()
+    if config.device == "cuda" and not on_gpu:
         raise UserError("--device cuda: torch sees no GPU here; give --device cpu")
     try:
         rank, world = int(environ.get("RANK", "0")), int(environ.get("WORLD_SIZE", "1"))
         if not 0 <= rank < world:
             raise ValueError(f"RANK {rank} is not below WORLD_SIZE {world}")
-        if config.device == "cuda" or config.device == "auto" and torch.cuda.is_available():
+        if on_gpu:
             device = torch.device("cuda", int(environ.get("LOCAL_RANK", "0")))
             torch.cuda.set_device(device)
         if world > 1:
-            on_gpu = device.type == "cuda"
             dist.init_process_group(
                 "nccl" if on_gpu else "gloo", device_id=device if on_gpu else None,
                 timeout=timedelta(seconds=config.timeout))
             host = dist.new_group(backend="gloo")
-    except Exception as error:  # of numbers, of CUDA, of the connection
+    except Exception as error:  # a bad number, CUDA, the network
         raise UserError(
-            "this process cannot start by RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT and "
+            "cannot start with RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT and "
             f"{torch.cuda.device_count()} GPUs: {error!r:.300}; start several by torchrun, one for "
             "each GPU; without a GPU give --device cpu") from None
-    torch.empty(31 * 2**20, dtype=torch.uint8)  # freed: glibc keeps smaller blocks from now on
+    torch.empty(31 * 2**20, dtype=torch.uint8)  # once freed, glibc reuses smaller blocks
     return Processes(rank, world, device, host)
 
 
 def for_device(config, processes):
-    """The config with its dtype, whether the head's products are in float8 in training, whether the
-    model is compiled. Raises UserError for what this device or so many processes cannot do."""
+    """Resolve `auto`: the config with its dtype, whether the head trains in float8, whether the model
+    is compiled. Raises UserError for what this device or so many processes cannot do."""
     on_gpu = processes.device.type == "cuda"
     if on_gpu:
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -2244,7 +2253,7 @@ def for_device(config, processes):
     has_float8 = on_gpu and torch.cuda.get_device_capability() >= (8, 9)
     fits = config.dtype == "bfloat16" and config.width % 16 == config.loss_chunk % 16 == 0
     float8 = {"float8": True, "wide": False, "auto": has_float8 and fits}[config.head_dtype]
-    if float8 and not (fits and has_float8 >= on_gpu):  # a CPU can, exactly and slowly
+    if float8 and not (fits and has_float8 >= on_gpu):  # a CPU emulates it, slowly
         raise UserError(
             "--head-dtype float8 takes a GPU that has it, --dtype bfloat16, --width and "
             "--loss-chunk in multiples of 16; or give --head-dtype wide")
@@ -2267,7 +2276,7 @@ def for_device(config, processes):
 
 
 def say(text):
-    """To the screen. If nobody reads any more, the run goes on."""
+    """Print, above the bar. A closed stdout ends no run."""
     try:
         tqdm.write(text)
         sys.stdout.flush()
@@ -2276,8 +2285,8 @@ def say(text):
 
 
 class RunLog(contextlib.AbstractContextManager):
-    """What a run leaves behind. On processes other than 0 it does nothing. Used as a context: what
-    ends the run is the last line of its log."""
+    """A run's folder, log and progress bar. On processes other than 0 it does nothing. As a context
+    manager, it logs what ended the run."""
 
     def __init__(self, config, processes, saved):
         """saved: the checkpoint that the run goes on from. Raises UserError."""
@@ -2304,20 +2313,20 @@ class RunLog(contextlib.AbstractContextManager):
     def __exit__(self, _kind, error, _trace):
         if self.folder:
             self.bar.close()
-            if error and type(error) is not SystemExit:  # a signal has said its line
-                text, way_on = one_line(error) or repr(error), self.way_on()
-                self.line(f"ended: {text.removesuffix(way_on)}{way_on}", show=False)
+            if error and type(error) is not SystemExit:  # the loop logs a signal itself
+                text, hint = one_line(error) or repr(error), self.resume_hint()
+                self.line(f"ended: {text.removesuffix(hint)}{hint}", show=hint not in text)
             with contextlib.suppress(OSError), self.metrics, self.text:
                 pass  # closed, also on a full disk
 
-    def way_on(self):
-        """The end of a line that says why a run ended."""
+    def resume_hint(self):
+        """How to resume, to end a line on why a run ended."""
         if self.folder and self.checkpoint:
-            return f"; go on with --resume={shlex.quote(str(self.checkpoint))}"
+            return f"; resume with --resume={shlex.quote(str(self.checkpoint))}"
         return ""
 
     def line(self, text, show=True):
-        """To log.txt, and to the screen."""
+        """Write to log.txt, and print."""
         if self.folder is None:
             return
         with contextlib.suppress(OSError):  # a full disk must not end the run
@@ -2325,17 +2334,17 @@ class RunLog(contextlib.AbstractContextManager):
         if show:
             say(text)
 
-    def record(self, step, seconds, **losses):
-        """An object in metrics.jsonl, and a line as speedrun logs have it, after `step` updates."""
+    def record(self, step, seconds, kind, loss, **others):
+        """A loss after `step` updates: to metrics.jsonl, and as a line of speedrun logs."""
         if self.folder is None:
             return
         with contextlib.suppress(OSError):
             self.metrics.write(json.dumps({
                 "step": step,
                 "tokens": tokens_until(step, self.config),
-                **losses,
+                kind: loss,
+                **others,
                 "train_time_s": round(seconds, 6)}) + "\n")
-        (kind, loss), *_ = losses.items()
         if kind == "val_loss" or step % 10 == 0 or step < 10:
             self.line(
                 f"step:{step}/{self.config.steps} {kind}:{loss:.4f} train_time:{1000 * seconds:.0f}ms "
@@ -2356,7 +2365,7 @@ def environment(processes):
 
 
 def describe(model, groups, processes, log):
-    """What will be trained, and what it takes, before anything takes long."""
+    """Log what will be trained, and what it takes."""
     config, size = model.config, 0
     for group in groups.values():
         size += sum(part.nbytes for part in (group.weights, group.gradients, *group.state))
@@ -2379,7 +2388,7 @@ def describe(model, groups, processes, log):
 
 
 def peak_memory(processes):
-    """Most memory of this process so far, in MiB: allocated on the GPU, or resident on the CPU."""
+    """Peak memory of this process in MiB: allocated on the GPU, or resident on the CPU."""
     if processes.device.type == "cuda":
         return torch.cuda.max_memory_allocated(processes.device) / 2**20
     unit = 2**20 if sys.platform == "darwin" else 2**10
@@ -2387,11 +2396,11 @@ def peak_memory(processes):
 
 
 # --------------------------------------------------------------------------------------------------
-# Checkpoints. Written whole or not at all; read, compared with the run, and put back.
+# Checkpoints. Written whole or not at all; read, compared with the run, and restored.
 
 
 def save(path, saved):
-    """The file bears its name once it is whole and on the disk."""
+    """Atomic: the file gets its name when whole and on disk."""
     unfinished = path.with_suffix(".partial")
     try:
         with open(unfinished, "wb") as file:
@@ -2404,7 +2413,7 @@ def save(path, saved):
 
 
 def check_disk(config, groups, processes):
-    """Raises UserError where --out has no room for the checkpoints and the model."""
+    """Raises UserError if --out has no room for the checkpoints and the model."""
     size = 12 * sum(group.weights.numel() for group in groups.values())  # bytes, about
     needed = size * (config.keep + 1 if config.save_every else 1)
     if processes.rank == 0 and shutil.disk_usage(config.out).free < needed:
@@ -2414,7 +2423,7 @@ def check_disk(config, groups, processes):
 
 
 def save_somewhere(log, name, saved):
-    """In the run's folder or, where that takes nothing, among temporary files. Returns the path."""
+    """Save in the run's folder or, if that fails, in the temporary folder. Returns the path."""
     path = log.folder / name
     try:
         save(path, saved)
@@ -2438,7 +2447,7 @@ def contents(model, data, progress):
 
 
 def save_checkpoint(log, model, groups, data, processes, progress):
-    """All that the run needs to go on with any number of processes. The newest are kept."""
+    """Save what any number of processes need to resume. Keep the newest, and this one."""
     state = {}
     for name, group in groups.items():
         whole = [group.whole(buffer) for buffer in group.state]
@@ -2458,8 +2467,8 @@ def checkpoints(folder):
 
 
 def read_checkpoint(path, wanted=None):
-    """A file of `save` as a dictionary, with its path and a Config; its tensors are memory-mapped.
-    None if it is not of the wanted Config's recipe. Raises UserError for any other file."""
+    """The dictionary in a file of `save`, with path, Config and Progress; tensors are memory-mapped.
+    None if its recipe is not `wanted`'s. Raises UserError for any other file."""
     options = Config.__dataclass_fields__
     if not os.path.exists(path):
         raise UserError(f"there is no {path}")
@@ -2469,12 +2478,13 @@ def read_checkpoint(path, wanted=None):
         with zipfile.ZipFile(path) as archive:
             if any(part.compress_type for part in archive.infolist()):
                 raise ValueError("it is compressed, which torch.save never does")
-            for part in archive.namelist():  # the checksum of the settings; of the rest if these fit
+            for part in archive.namelist():  # checks the settings' CRC; the rest only if they match
                 if part.endswith("data.pkl"):
                     archive.read(part)
             saved = torch.load(path, weights_only=True, mmap=True)
-            if {type(text) for pair in saved["config"].items() for text in pair} != {str}:
-                raise ValueError("its settings are not texts")
+            for part in (saved["config"], *saved["shards"].values()):
+                if any(type(text) is not str for text in (*part, *part.values())):
+                    raise ValueError("its settings or shards are not texts")
             config = Config(**{
                 name: typed(options[name], text) for name, text in saved["config"].items()})
             if texts(config) != saved["config"]:
@@ -2488,9 +2498,6 @@ def read_checkpoint(path, wanted=None):
         if not (0 <= progress.step <= config.steps and 0 <= progress.seconds < math.inf
                 and 0 <= separator < vocabulary <= 65_536 and config.dtype != "auto"):
             raise ValueError("its step, seconds, vocabulary or dtype are impossible")
-        for name, numbers in [shard for part in saved["shards"].values() for shard in part.items()]:
-            if type(name) is not str or len(numbers) > 9 or {type(number) for number in numbers} != {int}:
-                raise ValueError("its shards are strange")
         return saved | progress._asdict() | {
             "path": str(path), "config": config, "progress": progress, "vocabulary": vocabulary}
     except Exception as error:  # whatever reading and unpickling may raise
@@ -2500,17 +2507,15 @@ def read_checkpoint(path, wanted=None):
 
 
 def identity(config, shards=()):
-    """What must be the same where a run goes on, by name: its recipe and its shards."""
-    found = {flag(name): spelled(getattr(config, name)) for name in Recipe.__annotations__}
-    for part in shards:
-        found |= {f"{part} shard {name}": facts for name, facts in shards[part].items()}
-    return found
+    """What must stay the same when a run resumes, by name: its recipe and its shards."""
+    return {flag(name): spelled(getattr(config, name)) for name in Recipe.__annotations__} | {
+        f"{part} shard {name}": facts for part in shards for name, facts in shards[part].items()}
 
 
 def newest(place, recipe=None):
-    """What `read_checkpoint` gives for a file, or for the newest whole file of a run folder, where a
-    model is newer than checkpoints. With a Config: for the newest of its recipe in a folder of runs,
-    or None. Raises UserError where there are files, and none of them is one that it can take."""
+    """The checkpoint `place`, or the newest undamaged one in the run folder `place`: a model.pt is newer
+    than all others. With a Config: the newest of its recipe in a folder of runs, or None. Says which
+    it passed over. Raises UserError if there are files, but none that it can use."""
     folders, errors = place.glob("*") if recipe else [place], []
     paths = [path for folder in folders for path in (*checkpoints(folder), *folder.glob("model.pt"))]
     paths.sort(key=lambda path: (path.parent.stat().st_mtime, path), reverse=True)  # the latest written
@@ -2524,6 +2529,7 @@ def newest(place, recipe=None):
             errors.append(error)
     if errors:
         raise UserError(f"{errors[0]}; --resume none starts from the beginning")
+    say(f"no checkpoint of this recipe in {place}: starting at step 0")
     return None
 
 
@@ -2533,26 +2539,24 @@ def checkpoint_to_resume(config, data, processes):
     if path == "auto":
         found = newest(Path(config.out), config) if processes.rank == 0 else None
         path = processes.gather_values(found["path"] if found else "none")[0]
-        if path == "none" and processes.rank == 0:
-            say(f"no checkpoint of this recipe in {config.out}: starting at step 0")
     if path == "none":
         return None
     saved, model = read_checkpoint(path), Path(path).with_name("model.pt")
-    if model.exists() and model.parent.parent == Path(config.out) and config.resume != "auto":
-        with contextlib.suppress(UserError):  # a damaged one
-            saved = read_checkpoint(model)  # training again would overwrite it
+    if model.parent.parent == Path(config.out):  # training again would overwrite it
+        with contextlib.suppress(UserError):  # none, or a damaged one
+            saved = read_checkpoint(model)
     theirs, ours = identity(saved["config"], saved["shards"]), identity(config, data.fingerprints)
     for name in theirs | ours:
         if theirs.get(name) != ours.get(name):
             raise UserError(
                 f"{path} was trained with {name:.80} {theirs.get(name)!s:.80}, not "
-                f"{ours.get(name)!s:.80}, or by another version of this script; it goes on with its own "
+                f"{ours.get(name)!s:.80}, or by another version of this script; it resumes with its own "
                 "recipe and shards: give those, or --resume none")
     return saved
 
 
 def restore(saved, model, groups):
-    """Weights and optimizer state, whichever number of processes wrote them. Raises UserError."""
+    """Load weights and optimizer state, of any number of processes. Raises UserError."""
     try:
         model.load_state_dict(saved["weights"])
         for name, group in groups.items():
@@ -2577,7 +2581,7 @@ def load_model(path, device="cpu"):
 
 @dataclass
 class Clock:
-    """Seconds of training. Stopped, once the device has finished, while anything else runs."""
+    """Seconds of training. It waits for the device, and stops, while anything else runs."""
 
     processes: Processes
     seconds: float
@@ -2597,14 +2601,14 @@ class Clock:
 
 @contextlib.contextmanager
 def caught_signals():
-    """A list that receives the number of the first signal to end, for the loop to act on. A second
-    Ctrl-C ends the process at once; all other signals may come twice by themselves."""
-    received, alone = [], "TORCHELASTIC_RUN_ID" not in os.environ
+    """Yield a list that receives the number of the first signal, for the loop to stop. A second Ctrl-C
+    ends the process at once; other signals may come twice by accident."""
+    received, torchrun = [], "TORCHELASTIC_RUN_ID" in os.environ  # which answers Ctrl-C itself
 
     def note(number, _frame):
-        if received and alone and number == signal.SIGINT:
+        if received and not torchrun and number == signal.SIGINT:
             os._exit(128 + number)
-        if not received and alone:  # torchrun says so itself
+        if not received and not torchrun:
             with contextlib.suppress(OSError):  # print() must not be called within print()
                 os.write(sys.stderr.fileno(), b"\nstopping after this step; one more Ctrl-C ends at once\n")
         received[:] = received or [number]
@@ -2635,7 +2639,7 @@ class Reports:
     unread: tuple = ()
 
     def send(self, step, batch, loss, received):
-        """loss: () on the device, this process's part. received: no signal, or one."""
+        """loss: () on the device, this process's part. received: a signal or none."""
         weights = sum(group.own.sum(dtype=loss.dtype) for group in self.groups.values())
         report = torch.stack((loss, weights, loss.new_full((), sum(received))))[None]
         reports = report.repeat(self.processes.world, 1)
@@ -2649,7 +2653,7 @@ class Reports:
             self.read()
 
     def read(self):
-        """The report that waits, if any. Raises UserError for a loss or weight that is not finite."""
+        """Act on the unread report, if any. Raises UserError if a loss or weight is not finite."""
         if not self.unread:
             return
         (step, positions, reports, arrived), self.unread = self.unread, ()
@@ -2659,9 +2663,9 @@ class Reports:
             shard, token = self.stream.locate(self.processes.gather_values(positions)[rank][0])
             raise UserError(
                 f"the loss of step {step + 1}, or a weight after it, is not finite in process "
-                f"{rank}, whose rows begin in {shard.path} at token {token}{self.log.way_on()}")
+                f"{rank}, whose rows begin in {shard.path} at token {token}{self.log.resume_hint()}")
         loss, _, number = reports.T
-        self.log.record(step + 1, self.clock.now(), train_loss=loss.sum().item())
+        self.log.record(step + 1, self.clock.now(), "train_loss", loss.sum().item())
         self.signal = int(number.max())
 
 
@@ -2670,9 +2674,9 @@ class Reports:
 
 
 def one_line(error):
-    """What a run ended of; None for a defect of the code, which keeps its traceback."""
+    """Why a run ended; None for a bug, which keeps its traceback."""
     if isinstance(error.__context__, OSError) and type(error) is RuntimeError:
-        error = error.__context__  # torch.save makes the latter of a full disk
+        error = error.__context__  # so torch.save reports a full disk
     text = " ".join(str(error).split())
     known = (  # kind, words in its text, what to say
         (UserError, "", text),
@@ -2686,7 +2690,7 @@ def one_line(error):
          f"the machine has too little memory: {text:.160}; take a smaller --width or --layers"),
         (RuntimeError, "gloo|monitoredBarrier|NCCL|pair closure",
          "the connection to another process is lost, or it kept silent for --timeout seconds "
-         f"({text:.160}); what it said stands above or in its machine's output"))
+         f"({text:.160}); its own error is above or in its machine's output"))
     for kind, words, line in known:
         if isinstance(error, kind) and re.search(words, text):
             return line
@@ -2694,10 +2698,10 @@ def one_line(error):
 
 
 def main(arguments=None):
-    """The command line, from its arguments. Of what all processes meet, process 0 speaks first."""
+    """Run the command line. Of an error that all processes meet, process 0 speaks first."""
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # sizes vary by stage
     sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))
-    sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be no text
+    sys.stdout.reconfigure(errors="backslashreplace")  # file names may not be UTF-8
     try:
         config = parse_command_line(arguments)
         train(config, start_processes(config))
@@ -2708,7 +2712,7 @@ def main(arguments=None):
             print(line, file=sys.stderr, flush=True)
             error = SystemExit(1)
         if isinstance(error, SystemExit) and dist.is_initialized():
-            os._exit(error.code)  # an ordinary end would wait for processes that do not answer
+            os._exit(error.code)  # a normal exit waits for processes that do not answer
         raise error
     if dist.is_initialized():
         dist.destroy_process_group()

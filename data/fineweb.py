@@ -14,8 +14,8 @@ import shlex
 from pathlib import Path
 
 import numpy as np
-from text import (HEADER_WORDS, SHARD_MAGIC, SHARD_VERSION, Parser, UserError, prefix_table, say, shown, token_bytes,
-                  typed_path)
+from text import (HEADER_WORDS, SHARD_MAGIC, SHARD_VERSION, Parser, UserError, open_streams, prefix_table, say, shown,
+                  token_bytes, typed_path)
 
 HERE = Path(__file__).resolve().parent
 REPOSITORY = "kjj0/fineweb10B-gpt2"
@@ -135,4 +135,5 @@ def command(count: int, folder: Path) -> str:
 
 
 if __name__ == "__main__":
+    open_streams()
     main()

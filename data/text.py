@@ -23,12 +23,14 @@ other token that its bytes begin with: -1 where there is none, as for single byt
 import argparse
 import base64
 import codecs
+import contextlib
 import glob
 import itertools
 import json
 import os
 import re
 import shlex
+import signal
 import sys
 import sysconfig
 import tempfile
@@ -38,7 +40,12 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
-from tqdm import tqdm
+
+try:
+    from tqdm import tqdm
+except ValueError as error:  # it reads its environment when it is imported
+    names = " ".join(name for name in os.environ if name.startswith("TQDM_"))
+    sys.exit(f"the progress bar cannot use the environment variables {names}: {error}; unset {names}")
 
 HERE = Path(__file__).resolve().parent
 DEFAULT_FOLDER = HERE / "text"
@@ -48,7 +55,7 @@ SHARD_MAGIC, SHARD_VERSION, HEADER_WORDS = 20240520, 1, 256
 LARGEST_COUNT = 2**31 - 1  # the header holds the number of tokens as int32
 LARGEST_VOCABULARY = 2**16
 TOO_LARGE = ("cl100k", "o200k")  # how the names begin of tiktoken's encodings with more tokens
-TINY_ROW, TINY_TOKENS = 128, 655_360  # of --preset tiny: in a row, in its whole run
+SHORTEST_ROW, TINY_TOKENS = 128, 655_360  # tokens in a row, at least; in the whole run of --preset tiny
 MANY_TOKENS = 2**14  # with more, the table of token pairs in tiny is too slow for a CPU
 NOT_STANDARD_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idlelib"}
 
@@ -101,12 +108,9 @@ def main(arguments: list[str] | None = None) -> None:
     where = shown(folder)
     say(f"documents: {len(corpus.source):,}; training tokens: {counts['text_train']:,}; "
         f"validation tokens: {counts['text_val']:,}; in {where}")
-    if counts["text_train"] <= TINY_ROW:
-        say(f"too few to train on: a row of --preset tiny has {TINY_ROW} tokens")
-        return
     if options.encoding not in ("bytes", "gpt2"):  # evals/sample.py knows these two by their numbers
         say(f"vocabulary {encoding.vocabulary:,}, separator {encoding.separator:,}; sample from a model of it with "
-            f"--encoding {shlex.quote(options.encoding)}")
+            f"--encoding {shlex.quote('./' * options.encoding.startswith('-') + options.encoding)}")
     say("train on them with:")
     say(shlex.join(["python", shown(HERE.parent / "train_gpt2.py"), "--preset", "tiny",
                     "--train-files", glob.escape(where) + "/text_train_*.bin",
@@ -150,6 +154,14 @@ def check_replaceable(folder: Path, inputs: list[str]) -> None:
             raise UserError(f"{shown(folder)} holds shards of other text; name a folder for these: --out FOLDER")
 
 
+def open_streams() -> None:
+    """Instead of a closed stdin, stdout or stderr take one that leads nowhere: else progress could not be shown, and a
+    file that is opened would get its number, and with it what others write there."""
+    while os.open(os.devnull, os.O_RDWR) < 2:
+        pass
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))
+
+
 def say(line: str) -> None:
     """Print. A stdout that is closed or cannot show a path must not change the outcome of a job."""
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
@@ -160,13 +172,18 @@ def say(line: str) -> None:
 
 
 def typed_path(text: str) -> Path:
-    """A path as it is typed: a shell leaves a quoted `~` as it is."""
+    """A path as it is typed: a shell leaves a quoted `~` as it is. Raises UserError for an empty one, as of a variable
+    that is not set, which would be the current folder."""
+    if not text:
+        raise UserError("expected a file or folder, found an empty name; the current folder is .")
     return Path(os.path.expanduser(text))
 
 
 def shown(path: Path) -> str:
     """A path as short as it can be typed in the current folder."""
-    text = str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+    text = str(path)
+    with contextlib.suppress(ValueError, OSError):  # not below the current folder, which may have been removed
+        text = str(path.relative_to(Path.cwd()))
     return "./" * text.startswith(("-", "~")) + text
 
 
@@ -181,7 +198,10 @@ def list_files(paths: list[Path]) -> list[Path]:
     for path in paths:
         if not path.is_dir() and not path.is_file():  # opening a pipe would wait for its writer
             raise UserError(f"{path} is not {'a regular file or folder' if path.exists() else 'there'}")
-        for member in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        # A folder that cannot be read is listed as a file: it is then skipped as one, with a notice.
+        walk = os.walk(path, onerror=lambda error: found.setdefault(error.filename, Path(error.filename)))
+        inside = sorted(Path(above, name) for above, _, names in walk for name in names) if path.is_dir() else [path]
+        for member in inside:
             if member.is_file() and member.name != INPUTS:
                 found.setdefault(os.path.realpath(member), member)
     return list(found.values())
@@ -280,7 +300,7 @@ def in_utf8(text: object) -> bytes:
     """Raises TypeError for what is no string, ValueError for half a surrogate pair, which JSON can escape."""
     if not isinstance(text, str):
         raise TypeError("text is missing" if text is None else f"text is {type(text).__name__}, expected a string")
-    return text.encode()
+    return text.removeprefix("\ufeff").encode()  # a byte-order mark is no text
 
 
 def split(corpus: Corpus, fraction: float, seed: int) -> tuple[np.ndarray, int, int]:
@@ -421,9 +441,10 @@ def tiktoken_tokens(tokenizer, text: str) -> np.ndarray:
     except BaseException as error:
         if type(error).__name__ != "PanicException":
             raise
-        run = max(re.finditer(r"\s+|\S+", text), key=lambda run: len(run[0]))
+        run = max(re.finditer(r"\s+|\S+|$", text), key=lambda run: len(run[0]))
+        advice = "cut it" + ", or mend the tokenizer's pattern: it matches in too many ways, or nothing" * (not is_gpt2)
         raise UserError(f"tiktoken cannot split this text, whose longest run is {len(run[0]):,} characters from "
-                        f"{run.start():,} on: {run[0][:20]!r}...") from None
+                        f"{run.start():,} on: {run[0][:20]!r}...; {advice}") from None
     finally:
         os.dup2(stderr, 2)
         os.close(stderr)
@@ -462,7 +483,7 @@ def read_ranks(path: Path) -> dict[bytes, int]:
 def write_parts(parts: dict[str, Iterator[np.ndarray]], folder: Path, encoding: Encoding, shard_tokens: int,
                 inputs: list[str]) -> dict[str, int]:
     """Write {stem: runs of tokens} and return {stem: tokens}. The shards of an earlier run are replaced only once the
-    new ones are complete; on any error they stay, and nothing else does."""
+    new ones are complete; on any error they stay, and nothing else does. Raises UserError for too few to train on."""
     counts, written = dict.fromkeys(parts, 0), {}
     try:
         for name, content in ((INPUTS, json.dumps(inputs).encode()), (PREFIXES, prefix_table(encoding.tokens()))):
@@ -473,6 +494,9 @@ def write_parts(parts: dict[str, Iterator[np.ndarray]], folder: Path, encoding: 
                 path = folder / f"{stem}_{number + (stem == 'text_train'):06d}.bin"
                 written[partial := folder / f".{path.name}.partial"] = path
                 counts[stem] += write_shard(partial, (piece for _, piece in pieces), encoding)
+        if counts["text_train"] <= SHORTEST_ROW:  # a row, and the target of its last token
+            raise UserError(f"{counts['text_train']} training tokens are too few, expected more than {SHORTEST_ROW}; "
+                            "give more text, or a smaller --val-fraction")
         for partial, path in written.items():
             os.replace(partial, path)
     except BaseException:
@@ -515,4 +539,9 @@ def write_shard(path: Path, pieces: Iterator[np.ndarray], encoding: Encoding) ->
 
 
 if __name__ == "__main__":
-    main()
+    open_streams()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what is half-written goes, as on Ctrl-C
+    try:
+        main()
+    except OSError as error:
+        raise UserError(str(error)) from None

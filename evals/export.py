@@ -12,17 +12,18 @@ is short and spells it out.
 
 import argparse
 import json
+import os
 import shutil
 import sys
+import tempfile
 from pathlib import Path
-
-from torch import Tensor
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent / "data")]
 
-import sample
+import sample  # before torch, whose surroundings it checks
 from text import Parser, typed_path
+from torch import Tensor
 
 from train_gpt2 import GPT, TECHNIQUES, Phase, UserError, comments, skip_sources
 
@@ -35,7 +36,7 @@ IN_MODEL = ("unet-skips", "qk-norm", "x0-shortcut", "value-residual", "value-emb
 
 def description(model: GPT, phase: Phase, saved: dict) -> dict:
     """config.json: what model.py needs beside the weights, as it was when the model was saved."""
-    config, skips, notes = model.config, skip_sources(model.config), comments()
+    config, skips, notes = model.config, skip_sources(model.config), comments(quote='"')
     layers = [{"window": phase.windows[block.short], "paired": block.paired, "key_offset": block.key_offset,
                "value_table": model.table_of.get(i), "skip_from": skips.get(i)}
               for i, block in enumerate(model.blocks)]
@@ -82,10 +83,14 @@ def main(arguments: list[str] | None = None) -> None:
     out = options.out or Path(saved["path"]).parent / "exported"
     try:
         out.mkdir(parents=True, exist_ok=True)
-        save_file(weights, out / "model.safetensors", {"format": "pt"})
-        (out / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-        shutil.copymode(out / "config.json", out / "model.safetensors")  # that is for its owner alone
-        shutil.copyfile(HERE / "exported_model.py", out / "model.py")
+        with tempfile.TemporaryDirectory(dir=out) as name:  # until all are whole: older ones stay so long
+            new = Path(name)
+            save_file(weights, new / "model.safetensors", {"format": "pt"})
+            (new / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+            shutil.copymode(new / "config.json", new / "model.safetensors")  # that is for its owner alone
+            shutil.copyfile(HERE / "exported_model.py", new / "model.py")
+            for file in sorted(new.iterdir()):
+                os.replace(file, out / file.name)
     except Exception as error:  # noqa: BLE001  safetensors has an error of its own for a full disk
         raise UserError(f"cannot write to {out}: {error!s:.200}; make room, or give another --out") from None
     numbers, trained = (sum(w.numel() for w in part.values()) for part in (weights, saved["weights"]))

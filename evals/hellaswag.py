@@ -19,16 +19,15 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-from tqdm import tqdm
-
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent / "data")]
 
-import sample
-from text import Encoding, Parser, typed_path
+import sample  # before torch and tqdm, of which it checks the surroundings
+import torch
+import torch.nn.functional as F
+from text import Encoding, Parser, in_utf8, typed_path
+from torch import Tensor
+from tqdm import tqdm
 
 from train_gpt2 import GPT, Phase, UserError
 
@@ -81,15 +80,14 @@ def read_items(path: Path) -> list[Item]:
         try:
             record = record if is_parquet else json.loads(record)
             label = ("0", "1", "2", "3").index(str(record["label"]))  # Parquet has it as a text
-            item = Item(record["ctx"], record["endings"], label)
-            "".join((item.context, *item.endings)).encode()  # texts, none with half a surrogate pair
-            if type(item.endings) is not list or len(item.endings) != 4:
+            if type(endings := record["endings"]) is not list or len(endings) != 4:
                 raise ValueError("not four endings")
+            context, *endings = (in_utf8(text).decode() for text in (record["ctx"], *endings))
         except (ValueError, LookupError, TypeError, RecursionError) as error:
             raise UserError(f"item {number} of {path} is none of HellaSwag ({type(error).__name__}: "
                             f'{error!s:.80}); expected {{"ctx": text, "endings": four texts, "label": 0 to '
                             "3}; give another file with --file") from None
-        items.append(item)
+        items.append(Item(context, endings, label))
     if not items:
         raise UserError(f"{path} has no item; give another file with --file")
     return items

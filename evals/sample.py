@@ -19,15 +19,16 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch: on a busy machine waiting threads leave the processor
+
+# Before torch as well: it says in one line which variable of the environment makes tqdm fail, which torch imports.
+from text import BYTES, Encoding, Parser, encoding_named, open_streams, typed_path  # isort: split
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "data")]
-
-from text import BYTES, Encoding, Parser, encoding_named, typed_path
 
 import train_gpt2 as script
 from train_gpt2 import GPT, Phase, UserError
@@ -73,6 +74,8 @@ def settle(model: GPT) -> GPT:
 def open_model(place: str | Path, device: str = "cpu") -> tuple[GPT, Phase, dict]:
     """A settled model, its phase, and what was saved with it. Raises UserError."""
     model, saved = script.load_model(model_file(typed_path(str(place))), device)
+    if bad := [name for name, weight in saved["weights"].items() if not weight.isfinite().all()]:
+        raise UserError(f"{saved['path']} has numbers in {bad[0]} that are not finite; give an earlier checkpoint")
     return settle(model), script.phase_at(saved["step"], model.config), saved
 
 
@@ -212,13 +215,13 @@ def main(arguments: list[str] | None = None) -> None:
           f"{device} in {model.config.dtype}, from {saved['path']}", file=sys.stderr)
 
 
-def command(main: Callable[[], None]) -> None:
+def command(main: Callable[[], None], errors: str = "backslashreplace") -> None:
     """`main` as a program: no traceback where the reader of a pipe leaves early, where the terminal
-    lacks a character, or on Ctrl-C."""
+    lacks a character (`errors`: what stands for it), or on Ctrl-C."""
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-    if sys.stdout:  # None where it is closed
-        sys.stdout.reconfigure(errors="replace")
+    open_streams()
+    sys.stdout.reconfigure(errors=errors)
     try:
         main()
         print(end="", flush=True)
@@ -230,4 +233,4 @@ def command(main: Callable[[], None]) -> None:
 
 
 if __name__ == "__main__":
-    command(main)
+    command(main, errors="replace")  # a text, not names of files

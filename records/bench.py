@@ -252,14 +252,17 @@ def options_of(arguments: list[str] | None) -> argparse.Namespace:
         parser.error(f"expected A and B, or --peer with {' or '.join(PEERS)} and its log, and --corpus")
     options.rounds = (2 if record else 6) if options.rounds is None else options.rounds
     options.skip = (record[2] if record else 10) if options.skip is None else options.skip
-    if options.rounds < 2 or options.skip < 0 or not options.cool >= 0 or not options.timeout > 0:
-        parser.error("expected --rounds of at least 2, and no --skip, --cool or --timeout below 0")
+    longest = 1e9  # seconds; more than some systems' clocks hold
+    good = 0 <= options.cool <= longest and 0 < options.timeout <= longest
+    if options.rounds < 2 or options.skip < 0 or not good:
+        parser.error("expected --rounds of at least 2, no --skip below 0, --cool and --timeout of 0 to 1e9 seconds")
     return options
 
 
 def main(arguments: list[str] | None = None) -> None:
     options = options_of(arguments)
-    with tempfile.TemporaryDirectory(prefix="bench-") as name, open(options.json, "w") as file:
+    open(options.json, "a").close()  # refused before anything is run; what is there stays until all is known
+    with tempfile.TemporaryDirectory(prefix="bench-") as name:
         folder = Path(name)
         sides = dict(zip("AB", against_peer(*options.peer, options.corpus, folder) if options.peer else [
             contender(words, options.command, folder / str(i)) for i, words in enumerate(options.contenders)]))
@@ -277,7 +280,8 @@ def main(arguments: list[str] | None = None) -> None:
         record = {**{label: one.what for label, one in sides.items()}, "skip": options.skip, "machine": before,
                   "commands": {label: one.command for label, one in sides.items()}, "after": after,
                   "runs": runs, **conclude(runs, MEASURES if options.peer else MEASURES[1:])}
-        json.dump(json.loads(json.dumps(record), parse_constant=lambda _: None), file, indent=1)  # NaN: null
+        text = json.dumps(json.loads(json.dumps(record), parse_constant=lambda _: None), indent=1)  # NaN: null
+        Path(options.json).write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

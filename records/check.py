@@ -25,7 +25,7 @@ import torch
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parent / "data")]
-from text import BYTES, write_shard  # noqa: E402
+from text import BYTES, Parser, write_shard  # noqa: E402
 
 from train_gpt2 import Config, Processes, preset_values, train  # noqa: E402
 
@@ -84,7 +84,7 @@ def measure(config: Config) -> list[float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--store", action="store_true", help="write the losses of this machine instead")
     store = parser.parse_args().store
     with contextlib.redirect_stdout(io.StringIO()):  # what the runs say

@@ -9,6 +9,8 @@ anything to mend.
 
 import glob
 import math
+import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -21,7 +23,10 @@ from types import SimpleNamespace
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
-INSTALL = "python -m pip install -r requirements.txt"
+# Before the files of a command, unless the current folder, where shards are looked for, is the repository.
+BASE = "" if os.path.samefile(".", HERE.parent) else shlex.quote(f"{HERE.parent}/")
+INSTALL = f"python -m pip install -r {BASE}requirements.txt"
+FINEWEB = f"python {BASE}data/fineweb.py 10" + " --out data/fineweb10B" * bool(BASE)
 try:
     import timing
     import torch
@@ -33,8 +38,9 @@ except Exception as error:  # noqa: BLE001 - a missing package, a Python that is
 from train_gpt2 import Config, Processes, UserError, preset_values
 
 GIB = 2**30
-MADE = {Config.train_files: "./run.sh fetches it, 200 MB a shard: python data/fineweb.py 10",
-        preset_values("tiny")["train_files"]: "./run.sh makes it of Python's sources: python data/text.py"}
+MADE = {Config.train_files: f"{BASE or './'}run.sh fetches it, 200 MB a shard: {FINEWEB}",
+        preset_values("tiny")["train_files"]: f"{BASE or './'}run.sh makes it of Python's sources: "
+        f"python {BASE}data/text.py" + " --out data/text" * bool(BASE)}
 
 
 def relative_error(found, expected):
@@ -92,7 +98,7 @@ def data(config, gpus):
     if config.train_files in MADE and not glob.glob(config.train_files):
         fetched = gpus or config.preset == "tiny"  # by run.sh
         return needs_mending(not fetched, f"none yet: {MADE[config.train_files]}" if fetched else
-                             "none: python data/fineweb.py 10")
+                             f"none: {FINEWEB}")
     found = train_gpt2.open_data(config)
     return f"{found.train.tokens:,} training tokens, {found.val.tokens:,} for validation, enough for the run"
 
@@ -197,5 +203,6 @@ def main(arguments=None):
 
 if __name__ == "__main__":
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it without a word
-    sys.stdout.reconfigure(errors="backslashreplace")
+    if sys.stdout:  # None where it is closed
+        sys.stdout.reconfigure(errors="backslashreplace")
     sys.exit(main())

@@ -10,6 +10,7 @@ training. Times are per step. Idle is the part between the first and the last ke
 """
 
 import argparse
+import os
 import re
 import sys
 import tempfile
@@ -112,6 +113,10 @@ def main(arguments: list[str] | None = None) -> list:
     parser.add_argument("--trace", metavar="FILE")
     options, rest = parser.parse_known_args(sys.argv[1:] if arguments is None else arguments)
     config = train_gpt2.parse_command_line(rest)
+    try:
+        open(options.trace or os.devnull, "a").close()  # the profiler would fail without a word, and at the end
+    except OSError as error:
+        parser.error(f"--trace {options.trace} cannot be written: {error.strerror}")
     seen, counted = recorded(config, options.stage, train_gpt2.start_processes(config))
     rows, idle = summary(seen.events(), counted)
     print(timing.aligned([["kind, then the ten costliest", "ms/step", "share", "calls/step"], *(

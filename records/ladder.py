@@ -61,7 +61,7 @@ VALUES = {  # by the technique after which they came
 
 def all_rungs() -> list[Rung]:
     """Those of TECHNIQUES in the order of history, with values between them."""
-    found, notes = [Rung("five-minute", "record 12", "12", ())], comments()
+    found, notes = [Rung("five-minute", "record 12", "12", ())], comments(quote='"')
     for name, neutral in TECHNIQUES.items():
         own = [field for field in neutral if WITH.get(field, name) == name]
         records, reason = notes[name].removeprefix("(").split(") ", 1)

@@ -3,7 +3,6 @@
     python records/parts.py
 """
 
-import argparse
 import signal
 import sys
 import tempfile
@@ -14,7 +13,7 @@ import torch
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parent / "data"), str(HERE)]
-from text import Encoding, write_shard  # noqa: E402
+from text import Encoding, Parser, write_shard  # noqa: E402
 from timing import documents, made_up_tokens  # noqa: E402
 
 from train_gpt2 import (  # noqa: E402
@@ -75,6 +74,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
+    Parser(description=__doc__.splitlines()[0]).parse_args()
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it without a word
     main()

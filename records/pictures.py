@@ -3,7 +3,6 @@
     python records/pictures.py           # writes records/mask.png
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -15,7 +14,9 @@ import matplotlib.pyplot as plt  # noqa: E402
 from matplotlib.patches import Patch, Rectangle  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+sys.path[:0] = [str(HERE.parent), str(HERE.parent / "data")]
+from text import Parser  # noqa: E402
+
 from train_gpt2 import MASK_BLOCK, block_mask, first_visible_key, interval_rule  # noqa: E402
 
 TOKENS, WINDOW, DOCUMENTS = 1536, 511, (0, 300, 384, 1100)  # a query and the 511 tokens before it
@@ -60,6 +61,6 @@ def draw_mask(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
+    Parser(description=__doc__.splitlines()[0]).parse_args()
     draw_mask(HERE / "mask.png")
     print("wrote records/mask.png")

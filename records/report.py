@@ -20,6 +20,7 @@ import json
 import math
 import os
 import re
+import shlex
 import sys
 import warnings
 from pathlib import Path
@@ -328,7 +329,7 @@ def compare(options: argparse.Namespace) -> int:
     rows = [["", "A", "B", "B - A", "95 % interval", ""]]
     for what, value in values.items():
         a, b = ([value(run) for run in runs] for runs in sets)
-        if any(map(math.isnan, a + b)):
+        if not all(map(math.isfinite, a + b)):
             rows.append([what, *(f"{np.isfinite(x).sum()} of {len(x)}" for x in (a, b)), "", "", "not in all runs"])
         else:
             rows.append([what, f"{np.mean(a):.4f}", f"{np.mean(b):.4f}", *difference(a, b, paired)])
@@ -523,7 +524,9 @@ def plot(options: argparse.Namespace) -> int:
                          "over their steps, #88 is the runs of its contributor", fontsize=9)
     figure.legend(*panels["time"].get_legend_handles_labels(), loc="outside upper center", frameon=False, ncols=3)
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(options.out, dpi=110)
+    partial = options.out.with_suffix(".partial.png")  # a picture that is there stays until the new one is whole
+    figure.savefig(partial, dpi=110)
+    os.replace(partial, options.out)
     print(f"wrote {options.out}: {len(whole)} runs, {'with' if public else 'without'} reference curves")
     return 0
 
@@ -531,6 +534,18 @@ def plot(options: argparse.Namespace) -> int:
 class Parser(argparse.ArgumentParser):
     def error(self, message: str):
         raise UserError(f"{message}; {self.prog} --help lists what it takes")
+
+
+def positive(text: str) -> float:
+    """Raises ValueError for what is no finite number above 0: a verdict by it would mean nothing."""
+    if not 0 < (number := float(text)) < math.inf:
+        raise ValueError
+    return number
+
+
+def count(text: str) -> int:
+    """Raises ValueError for what is no whole number above 0."""
+    return int(text) if positive(text) else 0
 
 
 def parse_command_line(arguments: list[str] | None) -> argparse.Namespace:
@@ -542,7 +557,7 @@ def parse_command_line(arguments: list[str] | None) -> argparse.Namespace:
         part = commands.add_parser(action.__name__, help=text, description=text, allow_abbrev=False)
         part.set_defaults(action=action)
         if action in (show, compare, plot):
-            part.add_argument("--tokens-per-step", type=int, default=0, metavar="N",
+            part.add_argument("--tokens-per-step", type=count, default=0, metavar="N",
                               help="for logs that do not state it, where it is the same in all steps")
         return part.add_argument
 
@@ -550,15 +565,15 @@ def parse_command_line(arguments: list[str] | None) -> argparse.Namespace:
     add("runs", nargs="+", metavar="RUN")
     add = command(verify, "is the mean of the final losses below the target? status 0: yes, 1: no")
     add("runs", nargs="+", metavar="RUN")
-    add("--target", type=float, default=TARGET, metavar="LOSS", help="default: %(default)s")
-    add("--planned", type=int, metavar="N", help="number of runs fixed before the first one")
-    add("--spread", type=float, metavar="S", help="known standard deviation of the final losses (default: "
+    add("--target", type=positive, default=TARGET, metavar="LOSS", help="default: %(default)s")
+    add("--planned", type=count, metavar="N", help="number of runs fixed before the first one")
+    add("--spread", type=positive, metavar="S", help="known standard deviation of the final losses (default: "
         f"{', '.join(f'{name} {value:g}' for name, value in KNOWN_SPREAD.items())})")
-    add("--alpha", type=float, default=0.01, metavar="P", help="both p must be below (default: %(default)s)")
+    add("--alpha", type=positive, default=0.01, metavar="P", help="both p must be below (default: %(default)s)")
     add = command(compare, "B minus A with 95 %% intervals, paired where the seeds are the same")
     add("a", metavar="A", help="a folder of runs, a pattern, or runs joined by commas")
     add("b", metavar="B", help="the same")
-    add("--loss", type=float, help="for the time to a loss (default: the highest final one)")
+    add("--loss", type=positive, help="for the time to a loss (default: the highest final one)")
     add = command(plot, "a picture: loss over time and tokens, public records and their history")
     add("out", type=Path, metavar="OUT.png")
     add("runs", nargs="*", metavar="RUN")
@@ -578,7 +593,8 @@ def main(arguments: list[str] | None = None) -> int:
         with contextlib.redirect_stdout(page):
             status = options.action(options)
     except (UserError, OSError, ImportError) as error:
-        hint = "; pip install -r requirements-dev.txt" if isinstance(error, ImportError) else ""
+        needed = os.path.relpath(HERE.parent / "requirements-dev.txt")
+        hint = f"; pip install -r {shlex.quote(needed)}" if isinstance(error, ImportError) else ""
         print(f"{error}{hint}", file=sys.stderr)
         return 2
     try:

@@ -7,6 +7,7 @@ A section begins with a line of dashes and a comment. Comments and docstrings ar
 characters.
 """
 
+import argparse
 import io
 import re
 import signal
@@ -47,10 +48,13 @@ def sections(text: str) -> list[tuple[str, int, int, float]]:
 
 def main() -> None:
     texts = {"train_gpt2.py": (ROOT / "train_gpt2.py").read_text(encoding="utf-8")}
-    for commit in sys.argv[1:]:
-        shown = subprocess.run(["git", "show", f"{commit}:train_gpt2.py"], cwd=ROOT, capture_output=True, text=True)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("commits", nargs="*", metavar="COMMIT")
+    for commit in parser.parse_args().commits:
+        shown = subprocess.run(["git", "show", "--end-of-options", f"{commit}:train_gpt2.py"], cwd=ROOT,
+                               check=False, capture_output=True, text=True)
         if shown.returncode:
-            raise SystemExit(f"{commit} has no train_gpt2.py: {shown.stderr.strip()}")
+            raise SystemExit(f"{commit} has no train_gpt2.py: {' '.join(shown.stderr.split())}")
         texts[commit] = shown.stdout
     for name, text in texts.items():
         print(f"{name:40} {'lines':>7} {'tokens':>7} {'characters/line':>16}")

@@ -561,6 +561,8 @@ def read_options(arguments: list[str]) -> tuple[argparse.Namespace, Config]:
     add("--fit", action="store_true", help="print only the settings to add for the GPUs of this machine")
     options, rest = parser.parse_known_args(arguments)
     config = train_gpt2.parse_command_line(rest)
+    if not 0 <= options.gpu_memory <= 1e6:
+        parser.error(f"--gpu-memory {options.gpu_memory} is not from 0 to 1e6 GiB")
     if options.timed_steps and options.timed_steps < config.adam_every:
         parser.error(f"--timed-steps {options.timed_steps} is fewer than --adam-every {config.adam_every}")
     stages = {stage for stretch in stretches(config) for stage in stretch.stages}
@@ -614,12 +616,12 @@ def main(arguments: list[str] | None = None) -> dict | None:
     try:
         with open(options.json or os.devnull, "a", encoding="utf-8"):  # before anything is computed
             figures = measure(config, options, processes, (lambda _: None) if processes.rank else print)
+        if figures and not processes.rank:
+            print(table(figures), flush=True)  # first, as the file may fail
+            if options.json:
+                options.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     except (OSError, torch.OutOfMemoryError) as error:
         raise UserError(train_gpt2.one_line(error) or f"cannot write {options.json}: {error}") from None
-    if figures and not processes.rank:
-        if options.json:
-            options.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
-        print(table(figures))
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     return figures
@@ -627,5 +629,6 @@ def main(arguments: list[str] | None = None) -> dict | None:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it without a word
-    sys.stdout.reconfigure(errors="backslashreplace")
+    if sys.stdout:  # None where it is closed
+        sys.stdout.reconfigure(errors="backslashreplace")
     main()

@@ -74,6 +74,10 @@ def test_without_lines_the_whole_command_is_timed(planned):
     assert found["measure"] == bench.WHOLE and "difference_loss" not in found
     bench.main(["sleep 0.15", "sleep 0.05", "--rounds", "2", "--json", "found.json"])
     assert json.loads(Path("found.json").read_text())["difference_ms"]["mean"] == pytest.approx(-100, abs=60)
+    before = Path("found.json").read_text()
+    with pytest.raises(UserError, match="ended with status 1"):  # what is there stays
+        bench.main(["false x", "false x", "--json", "found.json"])
+    assert Path("found.json").read_text() == before
 
 
 def measured(text: str, skip: int, batch: int = 0, out: Path = Path("nowhere")) -> tuple[dict, float]:
@@ -227,7 +231,8 @@ def test_our_script_against_a_patched_script_out_of_a_log(repository, monkeypatc
     (["mian", "HEAD"], "'mian' is no commit (git says: "), (["HEAD", "HEAD:data"], "'HEAD:data' is no commit"),
     (["HEAD", ""], "'' is no commit"), (["HEAD"], "expected A and B"), (["HEAD", "x", "--rouns", "3"], "--rouns 3"),
     (["HEAD", "HEAD", "--rounds", "1"], "--rounds of at least 2"), (["HEAD", "HEAD", "--skip", "-1"], "below 0"),
-    (["HEAD", "HEAD", "--timeout", "nan"], "below 0"), (["HEAD", "HEAD", "--command", "python 'x"], "invalid split"),
+    *((["HEAD", "HEAD", "--timeout", value], "to 1e9 seconds") for value in ("nan", "inf", "1e300", "0")),
+    (["HEAD", "HEAD", "--command", "python 'x"], "invalid split"),
     (["HEAD", "HEAD", "--command", "sh -c 'echo step:4/4 train_time:9ms step_avg:9ms'"], "--skip 10 leaves none of 4"),
     (["--peer", "13", "log.txt", "--corpus", "."], "--peer with 12 or 28"), (["--peer", "12", "log.txt"], "--corpus"),
     (["HEAD", "HEAD", "--command", "python no.py"], "A in round 1 ended with status 2"),

@@ -1,6 +1,7 @@
 """The command line: what it takes, what it refuses, and that a refusal is one line."""
 
 import os
+import re
 import subprocess
 import sys
 from dataclasses import fields, replace
@@ -32,6 +33,7 @@ def test_help_names_every_setting_and_technique(capsys):
     assert not ended.value.code and all(f"{flag(name)} " in said for name in OPTIONS)
     assert all(f"  {name} " in said for name in TECHNIQUES)
     assert said.index("--steps") < said.index("--rotary-base")  # basic settings first
+    assert "h tanh((z + s) / r)" in said  # of the setting, not of the technique of the same name
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -106,7 +108,8 @@ def run(*arguments, **options):
 def test_missing_data_names_the_way_out(tmp_path):
     done = run("--device", "cpu", cwd=tmp_path)
     assert done.returncode == 1 and len(done.stderr.strip().splitlines()) == 1
-    assert "data/fineweb.py" in done.stderr and "tiny" in done.stderr
+    script = re.search(r"python (\S*data/fineweb.py) 10 --out data/fineweb10B", done.stderr)[1]
+    assert (tmp_path / script).samefile(ROOT / "data/fineweb.py") and "tiny" in done.stderr
 
 
 BAD_SHARDS = {

@@ -271,7 +271,7 @@ def test_every_document_comes_back(tmp_path, capsys):
     for name, content in (files | skipped).items():
         (source / name).write_bytes(MARK * (name == "deep/deeper/c") + content)
     os.mkfifo(source / "pipe")
-    lines = [json.dumps({"text": record.decode()}).encode() for record in records]
+    lines = [json.dumps({"text": "\ufeff" * (i < 2) + record.decode()}).encode() for i, record in enumerate(records)]
     (source / "a.jsonl").write_bytes(MARK + b"\n".join([lines[0] + b"\r", b"", *lines[1:], b'{"text": ""}', b"\r"]))
     for _ in range(2):  # the second time, the shards of the first are among what it reads
         make(source, source / "a.txt", "--out", source / "out", "--shard-tokens", 60)
@@ -315,13 +315,13 @@ def test_the_default_folder_keeps_its_text(tmp_path, monkeypatch, corpus):
     monkeypatch.setattr(text_script, "DEFAULT_FOLDER", out := tmp_path / "text")
     for name in ("os.py", "json/tool.py", "a.txt", "site-packages/np.py", "test/test_os.py", "idlelib/idle.py"):
         (tmp_path / "lib" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "lib" / name).write_text(name)
+        (tmp_path / "lib" / name).write_text(name * 20)
     monkeypatch.setattr(text_script.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path / "lib")})
     make(corpus)
     make(corpus, "--seed", 1)  # the same text may be replaced
     make()  # Python's own sources may replace any
     before = contents(out)
-    assert sorted(texts(out, is_cut=True)) == [b"json/tool.py", b"os.py"]
+    assert sorted(texts(out, is_cut=True)) == [b"json/tool.py" * 20, b"os.py" * 20]
     assert "--out" in refused(text_script.main, corpus) and contents(out) == before
     (out / "text_inputs.json").unlink()
     assert "--out" in refused(text_script.main, corpus)  # nobody knows what the shards were made from
@@ -331,17 +331,81 @@ def test_the_default_folder_keeps_its_text(tmp_path, monkeypatch, corpus):
 
 def test_the_printed_command_finds_the_shards(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for folder, text in (("my [1] 'own' \"shards\"*", "words" * 50), ("-dash", "words" * 50), ("short", "words")):
-        (tmp_path / "text.txt").write_text(text)
+    (tmp_path / "text.txt").write_text("words" * 50)
+    for folder in ("my [1] 'own' \"shards\"*", "-dash"):
         make("text.txt", f"--out={folder}")
         words = shlex.split(capsys.readouterr().out.splitlines()[-1])
-        if folder != "short":  # which is too short to train on
-            assert words[:4] == ["python", str(ROOT / "train_gpt2.py"), "--preset", "tiny"]
-            patterns = [words[words.index(option) + 1] for option in ("--train-files", "--val-files")]
-            assert [[os.path.realpath(path) for path in glob.glob(pattern)] for pattern in patterns] == [
-                [f"{tmp_path / folder}/text_{part}.bin"] for part in ("train_000001", "val_000000")]
-            assert "-" not in {pattern[0] for pattern in patterns}
-        assert ("train_gpt2.py" in " ".join(words)) == (folder != "short")
+        assert words[:4] == ["python", str(ROOT / "train_gpt2.py"), "--preset", "tiny"]
+        patterns = [words[words.index(option) + 1] for option in ("--train-files", "--val-files")]
+        assert [[os.path.realpath(path) for path in glob.glob(pattern)] for pattern in patterns] == [
+            [f"{tmp_path / folder}/text_{part}.bin"] for part in ("train_000001", "val_000000")]
+        assert "-" not in {pattern[0] for pattern in patterns}
+
+
+def test_a_folder_that_cannot_be_read_is_skipped_with_a_notice(tmp_path, capsys, monkeypatch):
+    """The system's refusal is made up, as root may read all."""
+    scandir = os.scandir
+
+    def closed(path):
+        if Path(path).name == "closed":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    (tmp_path / "in" / "closed").mkdir(parents=True)
+    (tmp_path / "in" / "a.txt").write_text("words" * 50)
+    monkeypatch.setattr(os, "scandir", closed)
+    make(tmp_path / "in", "--out", tmp_path / "out")
+    assert f"skipped, not readable: {tmp_path}/in/closed\n" in capsys.readouterr().out
+
+
+def test_streams_that_are_closed_change_no_outcome(tmp_path):
+    (tmp_path / "text.txt").write_text("words" * 50)
+    for folder, closed in (("open", ">/dev/null"), ("stderr", ">/dev/null 2>&-"), ("all", "<&- >&- 2>&-")):
+        call = f"{shlex.quote(sys.executable)} {shlex.quote(str(ROOT))}/data/text.py text.txt --out {folder} {closed}"
+        subprocess.run(call, shell=True, cwd=tmp_path, check=True)
+        assert contents(tmp_path / folder) == contents(tmp_path / "open")
+
+
+def test_a_run_that_is_terminated_leaves_nothing(tmp_path):
+    """When all shards are written, but before they have their names."""
+    (tmp_path / "text.txt").write_text("words" * 50)
+    code = ("import os, runpy, sys; os.replace = lambda *_: os.kill(os.getpid(), 15); sys.argv = sys.argv[1:]; "
+            "runpy.run_path(sys.argv[0], run_name='__main__')")
+    done = subprocess.run([sys.executable, "-c", code, ROOT / "data/text.py", "text.txt", "--out", "out"],
+                          cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (1, "stopped before the shards were complete\n")
+    assert os.listdir(tmp_path) == ["text.txt"]
+
+
+def test_a_tokenizer_whose_name_begins_with_a_dash_is_printed_as_a_path(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text("words" * 50)
+    (tmp_path / "-own.tiktoken").write_bytes(b"\n".join(rank_lines()))
+    make("text.txt", "--out", "out", "--encoding=-own.tiktoken")
+    assert "with --encoding ./-own.tiktoken\n" in capsys.readouterr().out
+
+
+def test_too_little_to_train_on_replaces_nothing(tmp_path):
+    text, out = tmp_path / "text.txt", tmp_path / "out"
+    for size, trains in ((143, True), (142, False), (2000, True)):  # a tenth is held out, a separator put before
+        text.write_text("x" * size)
+        if trains:
+            make(text, "--out", out)
+            before = contents(out)
+            continue
+        for folder in (out, tmp_path / "new"):
+            line = refused(text_script.main, text, "--out", folder)
+            assert line.startswith("128 training tokens are too few, expected more than 128; give more text")
+        assert contents(out) == before and not (tmp_path / "new").exists()
+
+
+def test_a_variable_that_tqdm_cannot_read_is_named_in_one_line():
+    environment = os.environ | {"TQDM_NCOLS": "wide"}
+    for script in ("data/text.py", "data/fineweb.py", "evals/sample.py", "evals/hellaswag.py", "evals/export.py"):
+        done = subprocess.run([sys.executable, script, "--help"], env=environment, capture_output=True, text=True,
+                              check=False)
+        assert done.returncode == 1 and not done.stdout
+        assert done.stderr.count("\n") == 1 and done.stderr.endswith("'wide'; unset TQDM_NCOLS\n")
 
 
 def test_a_stdout_that_takes_nothing_changes_no_outcome(tmp_path, corpus):
@@ -365,7 +429,7 @@ def test_a_name_that_tiktoken_knows(tmp_path, monkeypatch, name, tokens, end_of_
     ranks = {byte: rank for rank, byte in enumerate(BYTES)}
     made_up = tiktoken.Encoding(name, pat_str=r"[\s\S]", special_tokens=special, mergeable_ranks=ranks)
     monkeypatch.setattr(tiktoken, "get_encoding", {name: made_up}.__getitem__)
-    (tmp_path / "one.txt").write_text("a<|endoftext|>b<|last|>" * 2)  # these names are text as any
+    (tmp_path / "one.txt").write_text("a<|endoftext|>b<|last|>" * 20)  # these names are text as any
     arguments = [tmp_path / "one.txt", "--out", tmp_path / "out", "--encoding", name, "--val-fraction", 0.5]
     if vocabulary > 65_536:
         assert str(vocabulary) in refused(text_script.main, *arguments)
@@ -373,7 +437,7 @@ def test_a_name_that_tiktoken_knows(tmp_path, monkeypatch, name, tokens, end_of_
     make(*arguments)
     encoding = text_script.encoding_named(name)
     assert encoding[:2] == (vocabulary, separator)
-    assert texts(tmp_path / "out", encoding=encoding) == 2 * [b"a<|endoftext|>b<|last|>"]
+    assert texts(tmp_path / "out", encoding=encoding) == 2 * [b"a<|endoftext|>b<|last|>" * 10]
     assert encoding.decode(1098) == "\ufffd".encode()  # an id that stands for nothing
     assert (tmp_path / "out" / "prefixes.bin").read_bytes() == b"\xff" * 4 * vocabulary
 
@@ -442,10 +506,12 @@ OWN = GOOD | {"own.tiktoken": b"\n".join(RANKS)}
     *((OWN | {"own.pattern": pattern}, "a.txt --encoding own.tiktoken", named) for pattern, named in (
         (b"(((\n", "own.pattern"), (b"\\w+\n", "a.txt"), (b"\\s*", "a.txt"), (b"\xff", "own.pattern"),
         (None, "own.pattern"))),
+    (OWN | {"own.pattern": rb"((a|aa)+)+(?=c)|[\s\S]", "b.txt": b"a" * 500}, "b.txt --encoding own.tiktoken",
+     "mend the tokenizer's pattern"),  # which backtracks
     *((GOOD | {"pipe.tiktoken": None}, f"a.txt --encoding={name}", "p50k_edit") for name in UNKNOWN),
     *(({name: content}, name, name) for name, content in (
         ("pipe", None), ("pipe.jsonl", None), ("pipe.parquet", None), ("zero.bin", b"\0\0"))),
-    ({}, "absent", "absent"), ({}, ".", ".jsonl"), ({}, "x" * 5000, "x" * 5000),
+    (GOOD, "a.txt --out=", "empty name"), ({}, "absent", "absent"), ({}, ".", ".jsonl"), ({}, "x" * 5000, "x" * 5000),
     *(({"a.txt": text}, f"a.txt --val-fraction {fraction}", "--val-fraction") for text, fraction in (
         (b"a", "0.1"), (b"\xc3\xa9", "0.5"), (b"ab", "0.9"))),
     *((GOOD, f"a.txt {option} {value}", option) for option, value in (

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -349,7 +350,10 @@ def test_the_set_is_fetched_once_and_read_as_parquet(tmp_path, monkeypatch):
     first, second = hellaswag.fetched(tmp_path), hellaswag.fetched(tmp_path)
     place = {"repo_type": "dataset", "revision": hellaswag.REVISION, "token": False}
     assert asked == [(hellaswag.REPOSITORY, hellaswag.FILE, place)] and first == second
-    lines = write_items(tmp_path / "items.jsonl", items)
+    marked = [item | {"ctx": "\ufeff" + item["ctx"], "endings": ["\ufeff" + text for text in item["endings"]]}
+              for item in items]  # byte-order marks, which are no text
+    lines = write_items(tmp_path / "items.jsonl", marked)
+    lines.write_bytes(b"\xef\xbb\xbf" + lines.read_bytes())
     assert hellaswag.read_items(first) == hellaswag.read_items(lines)
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     assert "pip install pyarrow" in refused(lambda _: hellaswag.read_items(first))
@@ -442,9 +446,36 @@ def test_the_files_hold_what_they_say(tmp_path, capsys):
             module.load(folder).logits(torch.tensor(wrong, dtype=torch.int64))
 
 
+def test_export_names_a_folder_that_the_terminal_cannot_show(tmp_path):
+    path = checkpoint(tmp_path / "model.pt")
+    done = start([ROOT / "evals/export.py", path, "--out", tmp_path / "é"], env={"PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0 and f"{tmp_path}/\\xe9:" in done.stdout
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path, monkeypatch):
+    contents = train_gpt2.contents
+
+    def spoilt(model, *rest):
+        model.head.data[3, 3] = math.nan
+        return contents(model, *rest)
+
+    monkeypatch.setattr(train_gpt2, "contents", spoilt)
+    path = checkpoint(tmp_path / "model.pt")
+    for command in (sample.main, hellaswag.main, export.main):
+        assert "in head that are not finite" in refused(command, path)
+
+
 def test_export_refuses_what_it_cannot_write(tmp_path, monkeypatch):
     path = checkpoint(tmp_path / "model.pt")
     assert "--out" in refused(export.main, path, "--out", path)
+    export.main([str(path), "--out", str(out := tmp_path / "out")])
+    before, other = {file: file.read_bytes() for file in out.iterdir()}, checkpoint(tmp_path / "other.pt", step=1)
+    with monkeypatch.context() as patch:  # a disk that is full when the weights are written: the older files stay
+        patch.setattr(export.shutil, "copyfile", lambda *_: os.write(os.open("/dev/full", os.O_WRONLY), b"x"))
+        assert "No space left" in refused(export.main, other, "--out", out)
+    assert {file: file.read_bytes() for file in out.iterdir()} == before
+    shutil.rmtree(out)
+    other.unlink()
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
     assert "pip install safetensors" in refused(export.main, path)
     assert [file.name for file in tmp_path.iterdir()] == ["model.pt"]

@@ -1,12 +1,13 @@
 """What is run on a machine with a GPU, tried without one: records/kernels.py, records/doctor.py, tests/gpu.sh."""
 
+import shlex
 import subprocess
 import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
-from tools import ROOT, command, configuration
+from tools import ROOT, command, configuration, start
 from torch.autograd import DeviceType
 
 import train_gpt2
@@ -61,6 +62,8 @@ def test_operators_of_a_step_on_a_cpu(corpus, tmp_path, capsys):
     assert all(name in capsys.readouterr().out for name in ["idle"])
     with pytest.raises(UserError, match="--stage 9"):
         kernels.main([*command(corpus), "--stage", "9"])
+    with pytest.raises(UserError, match="--trace .*trace.json cannot be written"):
+        kernels.main([*command(corpus), "--trace", str(tmp_path / "none" / "trace.json")])
 
 
 @pytest.fixture
@@ -87,6 +90,17 @@ def test_the_doctor_on_a_laptop(machine, tmp_path, monkeypatch, capsys):
     lines = lines_of(capsys)
     assert list(lines) == ["software", "graphics", "memory", "data", "disk", "attention"]
     assert "--preset tiny" in lines["graphics"] and "GiB" in lines["graphics"] and "run.sh" in lines["data"]
+
+
+def test_the_doctor_names_commands_that_work_in_the_current_folder(tmp_path):
+    (tmp_path / "my data").mkdir()
+    for folder in (ROOT, tmp_path / "my data"):
+        code = "import doctor; print(doctor.FINEWEB); print(doctor.INSTALL)"
+        done = start(["-c", code], cwd=folder, env={"PYTHONPATH": str(ROOT / "records")})
+        fetch, install = map(shlex.split, done.stdout.splitlines())
+        assert (folder / fetch[1]).samefile(ROOT / "data/fineweb.py")
+        assert (folder / install[-1]).samefile(ROOT / "requirements.txt")
+        assert folder == ROOT or fetch[-2:] == ["--out", "data/fineweb10B"]  # where the trainer looks
 
 
 def test_the_doctor_finds_what_must_be_mended(machine, corpus, tmp_path, monkeypatch, capsys):

@@ -87,13 +87,14 @@ EXPECTED = {"check": "ok: this machine", 'logs/RUN --prompt "ROMEO:': "ROMEO:",
 
 def assert_run_sh_trains_and_goes_on(copy):
     """From another folder, from which relative files are meant; a resumed run with the options of its own."""
-    output = run(f"{copy}/run.sh {SHORT} --steps 4 --save-every 1 --seed 3 --out mine/runs", copy, cwd=copy.parent)
+    output = run(f"{copy}/run.sh {SHORT} --steps 4 --save-every 1 --seed 3 --out=--mine/runs", copy, cwd=copy.parent)
     assert "final val_loss" in output and "a sample of what it learned" in output and "def " in output
-    checkpoint, = (copy.parent / "mine" / "runs").glob("*/checkpoint_0000002.pt")
+    assert f"work after: cd {copy}" in output
+    checkpoint, = (copy.parent / "--mine" / "runs").glob("*/checkpoint_0000002.pt")
     (checkpoint.parent / "model.pt").unlink()
     shutil.copytree(copy / "data" / "text", copy.parent / "mine" / "text")
     files = "--train-files 'mine/text/text_train_*.bin' --val-files='mine/text/text_val_*.bin'"
-    output = run(f"{copy}/run.sh --resume {checkpoint.parent.relative_to(copy.parent)} {files}", copy, cwd=copy.parent)
+    output = run(f"{copy}/run.sh --resume={checkpoint.parent.relative_to(copy.parent)} {files}", copy, cwd=copy.parent)
     assert "resumed after step 2 from" in output and "a sample of what it learned" in output
     assert (checkpoint.parent / "model.pt").exists()
     shutil.copytree(checkpoint.parent, copy / "logs" / checkpoint.parent.name)  # for the commands that follow

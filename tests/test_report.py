@@ -134,7 +134,12 @@ def test_logs_of_llm_c_and_logs_without_validations_are_read(tmp_path, capsys):
 def test_bad_input_is_refused_in_one_line_and_every_command_has_help(tmp_path, capsys):
     (tmp_path / "noise.txt").write_bytes(bytes(range(256)) * 9)
     for words in (["show", tmp_path / "absent"], ["show", tmp_path / "noise.txt"], ["show", ","], [], ["shwo"],
-                  ["show", "x", "--y"], ["verify", HUNDRED, "--target", "x"], ["band", HUNDRED],
+                  ["show", "x", "--y"], ["verify", HUNDRED, "--target", "x"],
+                  *(["verify", HUNDRED, option, value] for option, value in (
+                      ("--target", "inf"), ("--target", "nan"), ("--spread", "0"), ("--spread", "-1"),
+                      ("--alpha", "nan"), ("--planned", "0"))),
+                  ["compare", HUNDRED, HUNDRED, "--loss", "nan"], ["show", HUNDRED, "--tokens-per-step", "-5"],
+                  ["band", HUNDRED],
                   ["plot", HUNDRED, HUNDRED], ["plot", tmp_path / "noise.txt" / "x.png", HUNDRED],
                   ["verify", write_run(tmp_path / "b", {50: 3.1}, planned=100)]):
         refused(capsys, *words)
@@ -274,7 +279,7 @@ def test_tiny_is_compared_with_the_runs_kept_here_or_with_ones_own(tmp_path, cap
 
 def test_the_picture_holds_what_it_should(tmp_path, capsys, monkeypatch):
     figure, kept = pytest.importorskip("matplotlib.figure"), []
-    monkeypatch.setattr(figure.Figure, "savefig", lambda self, *_, **__: kept.append(self))
+    monkeypatch.setattr(figure.Figure, "savefig", lambda self, path, **_: path.touch() or kept.append(self))
     write_set(tmp_path / "set", [3.30, 3.31])
     write_run(tmp_path / "set" / "short", {0: 10.8, 50: 4}, planned=100)
     bad = write_run(tmp_path / "set" / "bad", {9: 3.0}) / "metrics.jsonl"
@@ -288,5 +293,12 @@ def test_the_picture_holds_what_it_should(tmp_path, capsys, monkeypatch):
     assert list(over_time.lines[0].get_ydata()) == [4.30, 3.30] and len(history.lines[0].get_ydata()) == 80
     assert say(capsys, "plot", tmp_path / "y.png", HUNDRED, FIVE)[0] == 0
     assert [len(axes.lines) for axes in kept[1].axes] == [6, 6], "no public record beside tiny Shakespeare"
+    before = (tmp_path / "y.png").read_bytes()
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda _, path, **__: path.write_bytes(b"x") and 1 / 0)
+    with pytest.raises(ZeroDivisionError):  # which stands for a full disk: the older picture stays
+        report.main(["plot", str(tmp_path / "y.png"), str(HUNDRED)])
+    assert (tmp_path / "y.png").read_bytes() == before
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert "pip install -r requirements-dev.txt" in refused(capsys, "plot", tmp_path / "z.png", HUNDRED)
+    monkeypatch.chdir(tmp_path)
+    needed = os.path.relpath(ROOT / "requirements-dev.txt")
+    assert f"pip install -r {needed}\n" in refused(capsys, "plot", tmp_path / "z.png", HUNDRED)

@@ -274,12 +274,21 @@ def test_two_processes_share_a_step_and_wait_for_each_other(corpus, tmp_path):
 @pytest.mark.parametrize(("arguments", "needle"), [
     (["--timed-steps", "1"], "--adam-every 2"), (["--timed-steps"], "--timed-steps"), (["--stages", "7"], "--stages"),
     (["--preset", "tiny", "--json", "/nowhere/at/all.json"], "/nowhere"), (["--memory-only", "yes"], "--memory-only"),
-    (["--timed-stepz", "3"], "--timed-stepz"), (["--gpu-memory", "lots"], "--gpu-memory")])
+    (["--timed-stepz", "3"], "--timed-stepz"), (["--gpu-memory", "lots"], "--gpu-memory"),
+    *(([f"--gpu-memory={value}"], "is not from 0 to 1e6 GiB") for value in ("nan", "inf", "-5"))])
 def test_bad_input_is_one_line(arguments, needle):
     with pytest.raises(UserError) as error:
         timing.main(arguments)
     assert needle in str(error.value) and "\n" not in str(error.value)
     assert "WORLD_SIZE" not in os.environ
+
+
+def test_figures_are_printed_where_their_file_cannot_be_written(monkeypatch, capsys):
+    monkeypatch.setattr(timing, "measure", lambda *_: {"run seconds": 1.0})
+    monkeypatch.setattr(timing, "table", lambda _: "the table")
+    with pytest.raises(UserError, match="No space left"):
+        timing.main(["--preset", "tiny", "--train-files", "no_train_*.bin", "--json", "/dev/full"])
+    assert capsys.readouterr().out == "the table\n"
 
 
 def test_a_number_of_gpus_that_is_none_is_refused(monkeypatch):
