@@ -916,6 +916,18 @@ class Mudd(nn.Module):
         return [part.split(1, dim=-1) for part in weights.split(self.counts, dim=-1)]
 
 
+def mixed(x, added, residual, output):
+    """The stream, and what a sublayer adds to it, each times its weight, if it has one."""
+    added = added if output is None else output * added
+    return (x if residual is None else residual * x) + added
+
+
+def by_token(weights, x):
+    """Weights of x (R, T, D), () or (n,) -> n times (T, 1): the gradient is then summed by rows, beside
+    the norm's backward pass, and not in a pass over x of its own."""
+    return weights.to(x.dtype).view(1, -1).expand(x.shape[1], -1).split(1, dim=1)
+
+
 def weighted_sum(weights, streams):
     """The weighted sum of the streams that are not None."""
     return sum(weight * stream for weight, stream in zip(weights, streams, strict=True)
@@ -949,7 +961,8 @@ class Entrance(nn.Module):
         if bigram is not None:
             bigram = bigram if signs is None else bigram * signs
             x0 = x0 + on_first(self.bigram_mix[0] * bigram, width)
-        injected = {layer: self.x0_mix[i] * x0 for i, layer in enumerate(self.x0_layers)}
+        x0_mix = () if self.x0_mix is None else by_token(self.x0_mix, x0)
+        injected = {layer: weight * x0 for layer, weight in zip(self.x0_layers, x0_mix, strict=True)}
         for i, layer in enumerate(self.bigram_layers[1:], 1):
             injected[layer] = injected.get(layer, 0) + on_first(self.bigram_mix[i] * bigram, width)
         return x0, bigram, injected
@@ -1046,20 +1059,21 @@ class Block(nn.Module):
         of x; value_embedding. first_value: layer 0's values (R, T, H, K) or None. Returns the
         stream; this layer's values if `gives_values`, else None; the weights for
         `mlp_sublayer`."""
-        residual, output, of_mlp, value = 1.0, 1.0, (1.0, 1.0), None
+        residual = output = value = None
+        of_mlp = None, None
         if skip is not None:
             x = x + self.skip_share(shared.x0, x.dtype) * skip
         if self.output is not None:  # attend() puts output[0] on its output matrix
-            residual = self.residual[0]
+            residual = by_token(self.residual, x)[0]
         elif self.residual is not None:  # mixed once, before attention
-            x, injected = self.residual * x + injected, None
+            x, injected = by_token(self.residual, x)[0] * x + injected, None
         normed = rms_norm(x if source is None else source, self.epsilon)
         added = self.added_to_values(normed, value_embedding)
         if self.mudd is not None:
             x, added, injected, (residual, output), of_mlp = self.mix_by_token(x, shared, source, added)
         if self.attends:
             attended, value = self.attend(normed, shared, mask, added, first_value)
-            x = residual * x + output * attended
+            x = mixed(x, attended, residual, output)
         if injected is not None:
             x = x + injected
         return x, value if self.gives_values else None, of_mlp
@@ -1096,13 +1110,13 @@ class Block(nn.Module):
         return 2 * gate(seen, self.value_gate)[..., None] * by_head
 
     def mlp_sublayer(self, x, weights):
-        """(R, T, D) -> the stream. weights, of it and the MLP's output: (R, T, 1) from MUDD, else 1."""
+        """(R, T, D) -> the stream. weights, of it and the MLP's output: (R, T, 1) from MUDD, else None."""
         up, down = self.mlp.to(x.dtype).unbind(0)
         residual, output = weights
         if self.output is not None:
-            residual, down = self.residual[-1], self.output[-1] * down
+            residual, down = by_token(self.residual, x)[-1], self.output[-1] * down
         hidden = F.linear(rms_norm(x, self.epsilon), up).relu().square()  # ReLU^2 (Primer)
-        return residual * x + output * (hidden @ down)
+        return mixed(x, hidden @ down, residual, output)
 
     def attend(self, x, shared, mask, added, first_value):
         """x (R, T, D), normed -> attention's output (R, T, D), and this layer's
