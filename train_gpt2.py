@@ -1387,15 +1387,21 @@ def product(a, b, unit, dtype, fast=False):
                             use_fast_accum=fast)
 
 
+def gpu_sigmoid(x):
+    """The sigmoid of what a GPU computes in one instruction each, 2^x and 1 / sqrt(x): compiled, six
+    instructions fewer than torch.sigmoid, of 41 in the loss's gradient."""
+    return (1 + (x * (-1 / BIT)).exp2()).rsqrt().square()
+
+
 def softcap(z, cap, unit=1.0):
-    """Logits h tanh((z + s) / r) and their derivative by z, both in units of `unit` nats; h = 0: z
+    """Logits h tanh((z + s) / r), in units of `unit` nats, and their derivative by z, in nats; h = 0: z
     itself. The cap keeps the model from overconfidence (Gemma 2), the shift leaves room for
     unlikely tokens (#54). The tanh is computed by a sigmoid, which is faster on GPUs."""
     height, extent, shift = cap
     if not height:
-        return z / unit, 1 / unit
-    share = torch.sigmoid(z * (2 / extent) + 2 * shift / extent)
-    return 2 * height / unit * share - height / unit, 4 * height / extent / unit * share * (1 - share)
+        return z / unit, 1.0
+    share = (gpu_sigmoid if z.is_cuda else torch.sigmoid)(z * (2 / extent) + 2 * shift / extent)
+    return 2 * height / unit * share - height / unit, 4 * height / extent * (share - share.square())
 
 
 def chunk_losses(z, targets, weights, cap):
@@ -1420,11 +1426,11 @@ def chunk_gradient(z, normaliser, targets, weights, cap, float8):
     counted = sum(weight * (columns[k] >= 0) for k, weight in enumerate(weights))
     gradient = (logits - normaliser).exp2() * counted
     for k, weight in enumerate(weights):
-        gradient = gradient - weight * (token == columns[k])
+        gradient = torch.where(token == columns[k], gradient - weight, gradient)
     gradient = gradient * derivative
     if float8:
-        return quantised(gradient, GRADIENT_UNIT / BIT, torch.float8_e5m2)
-    gradient = (gradient * BIT).to(z.dtype)
+        return quantised(gradient, GRADIENT_UNIT, torch.float8_e5m2)
+    gradient = gradient.to(z.dtype)
     return gradient, gradient.mT
 
 

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import train_gpt2
 from train_gpt2 import (
     GPT, GRADIENT_UNIT, HEAD_UNIT, HIDDEN_UNIT, ChunkedLoss, Config, attention, bigram_rows, chunk_gradient,
-    chunk_losses, leave_out, phase_at, quantised, sign_rows, wide)
+    chunk_losses, gpu_sigmoid, leave_out, phase_at, quantised, sign_rows, wide)
 
 
 def loss_of(model: GPT, batch, step: int = 0) -> torch.Tensor:
@@ -246,6 +246,14 @@ def test_loss_in_chunks_is_the_plain_one(weights, cap):
         with torch.no_grad():
             without = chunked(hidden, head, targets, weights, chunk, CAPS[cap], with_gradient=False)
         torch.testing.assert_close(without, expected, rtol=1e-12, atol=0)
+
+
+def test_the_sigmoid_of_gpus_is_the_plain_one():
+    x = torch.linspace(-80, 80, 4001)
+    torch.testing.assert_close(gpu_sigmoid(x), torch.sigmoid(x), rtol=1e-5, atol=0)
+    torch.testing.assert_close(gpu_sigmoid(x.double()), torch.sigmoid(x.double()), rtol=1e-13, atol=0)
+    ends = torch.tensor([-1e4, 1e4, -torch.inf, torch.inf, torch.nan])
+    assert gpu_sigmoid(ends).nan_to_num(9).tolist() == [0, 1, 0, 1, 9]
 
 
 def test_loss_of_bfloat16_states_is_summed_in_float32():
