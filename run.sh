@@ -65,13 +65,16 @@ test)
     install requirements-dev.txt "pytest, hypothesis, matplotlib.pyplot, scipy.stats"
     say "running the tests"
     [[ $# -eq 0 ]] || exec python -m pytest "$@"
-    starting=(tests/test_{checkpoint,processes,command_line,data_scripts}.py)  # much of their time is waiting
+    resuming=(tests/test_{checkpoint,command_line}.py)  # much of their time is waiting
+    starting=(tests/test_{processes,data_scripts,evals}.py)
     calling=(tests/test_{readme,bench,ladder,report}.py)
+    apart=("${resuming[@]}" "${starting[@]}" "${calling[@]}")
     output=$(mktemp -d)
-    python -m pytest -q "${starting[@]}" >"$output/1" 2>&1 &
-    python -m pytest -q "${calling[@]}" >"$output/2" 2>&1 &
+    python -m pytest -q "${resuming[@]}" >"$output/1" 2>&1 &
+    python -m pytest -q "${starting[@]}" >"$output/2" 2>&1 &
+    python -m pytest -q "${calling[@]}" >"$output/3" 2>&1 &
     status=0
-    python -m pytest -q tests "${starting[@]/#/--ignore=}" "${calling[@]/#/--ignore=}" || status=1
+    python -m pytest -q tests "${apart[@]/#/--ignore=}" || status=1
     for part in $(jobs -p); do wait "$part" || status=1; done
     cat "$output"/* && rm -r "$output"
     exit $status ;;

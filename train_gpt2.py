@@ -138,9 +138,9 @@ class Recipe:
     layers: Kind(int, 1, 1000) = 11  # blocks
     heads: Count = 6  # attention heads
     width: Kind(int, 2, 2**20) = 768  # channels of the residual stream
-    window: ByStage = (384, 896, 1408, 1664)  # tokens a query looks back
+    window: ByStage = (384, 896, 1408, 1664)  # tokens a query looks back; half as many in paired layers
     window_short: ByStage = (128, 384, 640, 768)  # the same in short layers
-    window_final: Whole = 2560  # window of the last validation; 0: as in training
+    window_final: Whole = 2560  # long window of the last validation; 0: as in training
     short_layers: Layers = (0, 1, 2, 4, 5, 7, 8, 9)  # layers with the short window
     paired_layers: Layers = (0, 2, 5, 9)  # layers whose heads attend in pairs
     attention_free: Layers = (6,)  # layers with an MLP only
@@ -189,9 +189,9 @@ class Recipe:
     adam_embedding: AdamRates = (0.008, 0.5, 0.95, 0.75)  # Adam's rate, betas, decay: untied embedding
     adam_head: AdamRates = (0.008, 0.5, 0.95, 0.75)  # Adam: head, and tied embedding
     adam_tables: AdamRates = (0.6, 0.75, 0.95, 0.025)  # Adam: value and bigram tables
-    adam_gates: AdamRates = (0.008, 0.9, 0.99, 0.005)  # Adam: gates; MUDD at a quarter of the rate
+    adam_gates: AdamRates = (0.008, 0.9, 0.99, 0.005)  # Adam: gates; smear, skip, MUDD at part of the rate
     adam_residual: AdamRates = (0.04, 0.9, 0.95, 0.0)  # Adam: weights of the stream
-    adam_mixing: AdamRates = (0.008, 0.9, 0.95, 0.0)  # Adam: weights of what the stream adds
+    adam_mixing: AdamRates = (0.008, 0.9, 0.95, 0.0)  # Adam: weights of what is added to the stream
     adam_scalars: AdamRates = (0.04, 0.9, 0.99, 0.0)  # Adam: other scalars
     adam_epsilon: Number = 1e-10 / 16_384  # added to the root of the mean squares
     adam_every: Count = 2  # steps whose gradients Adam sums for one update
@@ -313,7 +313,7 @@ def turned_off(values, names):
 
 
 def preset_values(name):
-    """The settings of a preset that are not Config's defaults."""
+    """The settings of a preset; all others are Config's defaults."""
     values = {"preset": name} | PRESETS[name]
     without = values.pop("without", ())
     return turned_off(values, without) | values
@@ -348,8 +348,8 @@ def tokens_until(step, config):
 
 
 def learning_rate_factor(step, config):
-    """Factor on all learning rates: a level by stage (#46), then linear to the floor at the end of the
-    schedule (#19)."""
+    """Factor on all learning rates: the stage's level (#46) or, in the cooldown, a point on the line from
+    it to the floor at the end of the schedule (#19)."""
     level = value_at(config.rate_levels, stage_of(step, config))
     end = stage_borders(config)[STAGES]
     begin = int(round((1 - config.cooldown) * end, 6))
@@ -367,11 +367,11 @@ def momentum_at(step, config):
 
 
 def windows_at(step, config):
-    """(long, short) windows in tokens. They grow by stage (#29); the last validation sees further
+    """(long, short) windows. They grow by stage (#29); the last validation sees further
     (#31)."""
     stage = stage_of(step, config)
     long, short = value_at(config.window, stage), value_at(config.window_short, stage)
-    return (config.window_final or long) if step == config.steps else long, short
+    return (config.window_final or long if step == config.steps else long), short
 
 
 def stage_left(step, config):
@@ -470,7 +470,7 @@ def damaged(path, problem):
 
 
 def open_shard(path):
-    """Check the header against the file. Raises UserError."""
+    """The Shard of a file, its header checked against its size. Raises UserError."""
     if not os.path.isfile(path):
         raise UserError(f"{path} is not a regular file; shards are given by a pattern in quotes, such as "
                         "--train-files 'data/mine/text_train_*.bin'")
@@ -705,7 +705,7 @@ def document_starts(starts):
 
 
 def first_visible_key(document, window):
-    """(R, T) int32, tokens -> (R, T) int32: the first key of each query, at most `window` before it."""
+    """(R, T) int32 -> (R, T) int32: the first key of each query, at most `window` before it."""
     position = torch.arange(document.shape[1], dtype=torch.int32, device=document.device)
     return torch.maximum(document, position - min(window, len(position)))
 
@@ -733,8 +733,8 @@ def block_mask(first_key):
     partial_end = torch.searchsorted(reach.contiguous(), diagonal, right=True, out_int32=True)
 
     def listed(begin, end, with_diagonal):
-        """Intervals -> lengths (R, 1, N) and block numbers (R, 1, N, N), the diagonal
-        first or not in."""
+        """Intervals -> lengths (R, 1, N) and block numbers (R, 1, N, N), N = T / 128;
+        with_diagonal: 1, the diagonal goes first; 0, it stays out."""
         numbers = (begin[..., None] - with_diagonal + block).clamp_(max=len(block) - 1)
         if with_diagonal:
             numbers[..., 0] = diagonal
@@ -923,7 +923,7 @@ def mixed(x, added, residual, output):
 
 
 def by_token(weights, x):
-    """Weights of x (R, T, D), () or (n,) -> n times (T, 1): the gradient is then summed by rows, beside
+    """Weights () or (n,), for x (R, T, D) -> n times (T, 1): the gradient is then summed by token, beside
     the norm's backward pass, and not in a pass over x of its own."""
     return weights.to(x.dtype).view(1, -1).expand(x.shape[1], -1).split(1, dim=1)
 
@@ -1160,7 +1160,7 @@ if triton:
                         CHANNELS: tl.constexpr, AT_ONCE: tl.constexpr):
         """total[row] += the sum of parts[place] over that row's places. A program takes every n-th
         run of equal rows (n programs), CHANNELS channels of it, AT_ONCE places at a time; no two
-        programs write to one place."""
+        programs write to one element."""
         channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
         for run in range(tl.program_id(0), tl.load(runs), tl.num_programs(0)):
             begin, end = tl.load(begins + run), tl.load(begins + run + 1)
@@ -1231,7 +1231,8 @@ def skip_sources(config):
 
 class GPT(nn.Module):
     """The language model. Parameters: embedding and head (V, D), V padded to a multiple of 64;
-    12 D^2 per block; tables of value embeddings and of bigrams; gates and scalars."""
+    12 D^2 per block, 8 D^2 without attention; tables of value embeddings and of bigrams; gates,
+    scalars and MUDD's matrices."""
 
     def __init__(self, config, vocabulary, prefixes=None, float8=False, compiled=False):
         """Weights are drawn on the CPU from config.seed: the same for every process and device.
@@ -1276,7 +1277,7 @@ class GPT(nn.Module):
                 Entrance.forward, Block.attention_sublayer, Block.mlp_sublayer, Exit.forward))
         self.run_quantised, self.run_losses = (
             compiled_if(compiled, part) for part in (quantised, chunk_losses))
-        # Tile sizes are autotuned: 2.2 ms instead of 2.5 on an H100.
+        # Tile sizes are autotuned: 2.2 ms instead of 2.5 on an H100, with torch.sigmoid.
         self.run_gradient = compiled_if(compiled, chunk_gradient, coordinate_descent_tuning=True)
         if compiled:  # a graph per kind of layer, stage, and with gradients or not
             torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 4096
@@ -1291,8 +1292,8 @@ class GPT(nn.Module):
         config = self.config
         masks = attention_masks(self, starts, phase.windows)
         skips = skip_sources(config)
-        run = self.run_block
         bigram = signs = None
+        run = self.run_block
         if config.recompute and torch.is_grad_enabled():
             run = partial(recomputed, run, use_reentrant=False, preserve_rng_state=False)
         by_row = sorted_rows(inputs)
@@ -1360,7 +1361,7 @@ def attention_masks(model, starts, windows):
 
 
 # --------------------------------------------------------------------------------------------------
-# Loss. In: hidden states (N, D), head (V, D), targets (N, k). Out: the summed cross-entropy. The
+# Loss. In: hidden states (N, D), N = R T, head (V, D), targets (N, k). Out: the summed cross-entropy. The
 # gradients of hidden states and head are computed while a chunk's logits are in memory: full logits
 # (6.6 GB for 65,536 tokens) never exist, and no product is done twice.
 
@@ -1388,7 +1389,7 @@ def product(a, b, unit, dtype, fast=False):
 
 
 def gpu_sigmoid(x):
-    """The sigmoid of what a GPU computes in one instruction each, 2^x and 1 / sqrt(x): compiled, six
+    """The sigmoid from 2^x and 1 / sqrt(x), which take a GPU one instruction each: compiled, six
     instructions fewer than torch.sigmoid, of 41 in the loss's gradient."""
     return (1 + (x * (-1 / BIT)).exp2()).rsqrt().square()
 
@@ -1407,8 +1408,8 @@ def softcap(z, cap, unit=1.0):
 def chunk_losses(z, targets, weights, cap):
     """z (n, V), targets (n, k), k weights () -> the weighted loss and the next token's, in nats;
     log2 of the sum of exponentials (n, 1), in bits. Targets of -1 do not count. cap: as in
-    `softcap`. Compiled apart from the gradient: one graph would become one kernel, and its
-    transposed copy is slow."""
+    `softcap`. Compiled apart from the gradient: one graph would become one kernel, in which
+    the transposed copy is slow."""
     logits = softcap(z.to(wide(z.dtype)), cap, BIT)[0]
     bounded = 0 < cap[0] <= 60  # no exponential overflows: no maximum is needed
     highest = 0 if bounded else logits.amax(-1, keepdim=True)
@@ -1419,7 +1420,8 @@ def chunk_losses(z, targets, weights, cap):
 
 
 def chunk_gradient(z, normaliser, targets, weights, cap, float8):
-    """(n, V), (n, 1), (n, k) -> the gradient of the weighted loss by z, (n, V), and its transpose."""
+    """(n, V), (n, 1), (n, k) -> the gradient of the weighted loss by z, (n, V), and its transpose;
+    with `float8`, both quantised."""
     logits, derivative = softcap(z.to(wide(z.dtype)), cap, BIT)
     token = torch.arange(z.shape[1], dtype=torch.int32, device=z.device)
     columns = targets.int().split(1, dim=1)
@@ -1619,7 +1621,7 @@ def orthogonalise(update, kind, dtype):
 
 
 def averaged_axis(matrices):
-    """The axis of NorMuon's mean squares: one per row or, if wider than tall, per column (#80)."""
+    """The axis over which NorMuon takes mean squares: by row or, if wider than tall, by column (#80)."""
     return -1 if matrices.shape[-2] >= matrices.shape[-1] else -2
 
 
@@ -1667,8 +1669,8 @@ def muon_update(weight, gradient, average, mean_square, low_bits, scale, rate, m
 
 def adam_update(weight, gradient, mean, mean_square, settings, factor, count, epsilon):
     """Adam in place, in at least float32; epsilon is added after bias correction and root.
-    settings: (units, 4), rate, beta1, beta2, decay of each. Decay is cautious (#50), and 0 where
-    the update is."""
+    settings: (units, 4), rate, beta1, beta2, decay of each. Decay, by the rate squared, is cautious
+    (#50), and 0 where the update is."""
     rate, beta1, beta2, decay = settings.view(-1, 4, *[1] * (weight.dim() - 1)).unbind(1)
     rate, gradient, old = rate * factor, gradient.to(mean.dtype), weight.to(mean.dtype)
     mean.lerp_(gradient, 1 - beta1)
@@ -1680,7 +1682,7 @@ def adam_update(weight, gradient, mean, mean_square, settings, factor, count, ep
 
 class Muon(Group):
     """Matrices of one shape, orthogonalised as one batch. State: average of gradients, mean squares
-    of rows, and the low bits of bfloat16 weights."""
+    of rows or columns, and the low bits of bfloat16 weights."""
 
     def __init__(self, name, axes, parameters, scales, model, processes):
         """scales: for each parameter, factors on the updates of its matrices, in turn."""
@@ -1703,7 +1705,7 @@ class Muon(Group):
 
 
 class Adam(Group):
-    """Tables, by row, or gates and scalars. State: mean and mean square of the gradients. If the
+    """Tables by row, small parameters by element. State: mean and mean square of the gradients. If the
     last step is not due, its gradients go unused, as in the record."""
 
     def __init__(self, name, axes, parameters, settings, model, processes):
@@ -1717,7 +1719,7 @@ class Adam(Group):
 
     def update(self, step):
         factor = self.as_tensor(learning_rate_factor(step, self.config))
-        count = self.as_tensor((step + 1.0) // self.config.adam_every)
+        count = self.as_tensor((step + 1.0) // self.every)
         self.kernel(self.own, self.own_gradient, *self.state, self.settings, factor, count,
                     self.config.adam_epsilon)
 
@@ -1758,8 +1760,9 @@ def optimizer_groups(model, processes):
             optimizer, axes = (Muon, 2) if name in early | late else (Adam, 1 - small)
             groups[name] = optimizer(name, axes, *zip(*found, strict=True), model, processes)
     assert not members, f"parameters without a group: {[*members]}"
-    for group in groups.values() if processes.world > 1 else ():
-        dist.broadcast(group.weights, 0)
+    if processes.world > 1:
+        for group in groups.values():
+            dist.broadcast(group.weights, 0)  # other machines may round otherwise
     return groups
 
 
@@ -1816,7 +1819,7 @@ def train_step(model, groups, batch, step):
             for group in due:
                 group.expect_gradients()
         loss, next_token_loss = model.loss(micro, phase)
-        (loss / config.tokens_per_step[0]).backward()  # float8's units and Adam's epsilon fit this size
+        (loss / config.tokens_per_step[0]).backward()  # Adam's epsilon fits this size
         total += next_token_loss / value_at(config.tokens_per_step, phase.stage)
     apply_updates(due, step)
     if step == last_tied_step(config):
@@ -1844,8 +1847,8 @@ def validate(model, stream, tokens, step, processes):
 
 def warm_up(model, groups, data, processes):
     """Compile everything in throw-away steps of every stage, restore every number, return the
-    seconds it took. The first processes of a machine compile one stage each; then all find every
-    kernel on disk. From here on a recompilation is an error: none can hide in the timed region."""
+    seconds it took. The first four processes of a machine compile one stage each; then all find
+    these kernels on disk. From here on a recompilation is an error: none can hide in the timed region."""
     begin = time.perf_counter()
     config, device = model.config, processes.device
     alone = Processes(0, 1, device)
@@ -1979,7 +1982,7 @@ def train(config, processes):
     processes.check_agreement(texts(config) | data.fingerprints | {
         "script": Path(__file__).read_text(encoding="utf-8"), "torch": torch.__version__, "float8": float8})
     saved = checkpoint_to_resume(config, data, processes)
-    if saved and "state" not in saved:  # ends a job that restarts until it is done
+    if saved and "state" not in saved:  # so that a job restarting until done can end
         if processes.rank == 0:
             say(f"this run is finished: {saved['path']}; --resume none starts anew, or give another --out")
         return Path(saved["path"]).parent
@@ -2059,7 +2062,7 @@ def spelled(value):
 
 
 def typed(option, text):
-    """The value of a setting, from its text. Raises ArgumentTypeError if it is out of bounds."""
+    """The value of a setting, from its text. Raises ArgumentTypeError if the setting cannot have it."""
     of, low, high, lengths, choices = option.type
     with contextlib.suppress(KeyError, ValueError):
         if choices:
@@ -2081,7 +2084,7 @@ def texts(config):
 
 
 def comments(quote):
-    """What stands beside the settings above, by name, or in quotes beside the techniques."""
+    """The comments beside the settings above, by name; with quote='"', beside the techniques."""
     above, _, _ = Path(__file__).read_text(encoding="utf-8").partition("\nPRESETS")
     return dict(re.findall(f"^    {quote}([\\w-]+){quote}: .*  # (.*)", above, re.MULTILINE))
 
@@ -2144,7 +2147,8 @@ def nearest(word):
 
 
 def base_values(given):
-    """What the given settings override: those of a preset, or of the checkpoint to resume."""
+    """What the given settings override: those of a preset, or of the checkpoint to resume, whose path
+    given["resume"] becomes."""
     preset, resume = given.get("preset", "gpt2"), given.get("resume", "none")
     if resume not in ("none", "auto"):
         saved = newest(Path(os.path.expanduser(resume)))
@@ -2355,7 +2359,7 @@ class RunLog(contextlib.AbstractContextManager):
             say(text)
 
     def record(self, step, seconds, kind, loss, **others):
-        """A loss after `step` updates: to metrics.jsonl, and as a line of speedrun logs."""
+        """The loss of update number `step`, or after it: to metrics.jsonl, and as a line of speedrun logs."""
         if self.folder is None:
             return
         with contextlib.suppress(OSError):
@@ -2401,7 +2405,7 @@ def describe(model, groups, processes, log):
     flop = 6 * matrices * tokens_until(config.steps, config)
     minutes = ""
     if processes.device.type == "cpu":  # a core does about 20 billion a second
-        minutes = f" ({flop / 2e10 / os.cpu_count() / 60:,.0f} minutes here)"
+        minutes = f" ({flop / 2e10 / os.cpu_count() / 60:,.1f} minutes here)"
     log.line(
         f"about {flop:.1e} FLOP{minutes}, and {size / 2**20:,.0f} MiB of weights, gradients and "
         "optimizer state, besides activations")
@@ -2535,7 +2539,7 @@ def identity(config, shards=()):
 def newest(place, recipe=None):
     """The checkpoint `place`, or the newest undamaged one in the run folder `place`: a model.pt is newer
     than all others. With a Config: the newest of its recipe in a folder of runs, or None. Says which
-    it passed over. Raises UserError if there are files, but none that it can use."""
+    it passed over. Raises UserError if it finds none, and met an unusable file or has no Config."""
     folders, errors = place.glob("*") if recipe else [place], []
     paths = [path for folder in folders for path in (*checkpoints(folder), *folder.glob("model.pt"))]
     paths.sort(key=lambda path: (path.parent.stat().st_mtime, path), reverse=True)  # the latest written
@@ -2554,7 +2558,8 @@ def newest(place, recipe=None):
 
 
 def checkpoint_to_resume(config, data, processes):
-    """The checkpoint that --resume names, or None. Raises UserError for another recipe or shards."""
+    """The checkpoint that --resume names, or its run's model.pt, or None. Raises UserError for another
+    recipe or shards."""
     path = config.resume
     if path == "auto":
         found = newest(Path(config.out), config) if processes.rank == 0 else None
@@ -2601,7 +2606,7 @@ def load_model(path, device="cpu"):
 
 @dataclass
 class Clock:
-    """Seconds of training. It waits for the device, and stops, while anything else runs."""
+    """Seconds of training. It stops while anything else runs, once the device is done."""
 
     processes: Processes
     seconds: float

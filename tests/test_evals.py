@@ -144,6 +144,7 @@ def test_a_text_is_drawn_from_the_last_row_of_it(monkeypatch):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_gpu_writes_the_same_text(recipe):
     model, tokens, texts = small(recipe), document_tokens(128), []
