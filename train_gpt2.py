@@ -72,7 +72,10 @@ class UserError(SystemExit):
 
 def tool(name):
     """How to call a script of this repository from the current folder."""
-    return f"python {shlex.quote(os.path.relpath(Path(__file__).parent / name))}"
+    path = str(Path(__file__).parent / name)
+    with contextlib.suppress(OSError):  # the current folder may have been removed
+        path = os.path.relpath(path)
+    return f"python {shlex.quote(path)}"
 
 
 # ==================================================================================================
@@ -1941,7 +1944,8 @@ def training_loop(model, groups, data, processes, log, progress, received):
     + its number."""
     config, first = model.config, progress.step
     save_every = -(-config.save_every // config.adam_every) * config.adam_every  # when Adam has updated
-    batches = islice(step_batches(data.train, config, processes), first, None)  # skip steps done
+    batches = step_batches(data.train, config, processes)
+    next(islice(batches, first, first), None)  # skips the steps done, before the clock runs
     batches = prefetched(batches, processes.device)
     clock = Clock(processes, progress.seconds)
     reports = Reports(groups, data.train, processes, log, clock)

@@ -129,7 +129,7 @@ def read_log(path: Path, batch: int = 0) -> Run | None:
         torch=first(r"\b(?:[Pp]y)?[Tt]orch (?:version )?(\d[^\s,]*)"),
         on_fineweb=not config or "fineweb" in str(config.get("train_files")).lower(),  # public logs are
         val_targets=first(r"^notice: .*?([\d,]+) targets"),  # stated where the validation set is short
-        shards=first(r"^shards (\{.*)$"))  # names, sizes and checksums
+        shards=re.sub(r'[][" ]', "", first(r"^shards (\{.*)$")))  # names, sizes and checksums: lists or texts
 
 
 def logs_at(path: Path) -> list[Path]:

@@ -489,3 +489,18 @@ def test_the_clock_counts_training_only(corpus, tmp_path, monkeypatch):
     log = (run / "log.txt").read_text()
     assert log.startswith((ROOT / "train_gpt2.py").read_text()) and "torch" in log.partition("=" * 100)[2]
     assert json.loads(next(line for line in log.splitlines() if line.startswith('{"preset"')))["steps"] == 6
+
+
+def test_the_clock_does_not_count_steps_that_are_skipped(corpus, tmp_path, monkeypatch):
+    run, batches = run_here(corpus, out=tmp_path, steps=6, save_every=4), train_gpt2.step_batches
+    (run / "model.pt").unlink()
+
+    def slow(*given):
+        for number, batch in enumerate(batches(*given)):
+            time.sleep(0.5 * (number < 4))
+            yield batch
+
+    monkeypatch.setattr(train_gpt2, "step_batches", slow)
+    went_on = run_here(corpus, out=tmp_path, steps=6, save_every=4, resume=str(run / "checkpoint_0000004.pt"))
+    before, after = (next(one["train_time_s"] for one in metrics(went_on) if one["step"] == step) for step in (4, 6))
+    assert went_on == run and 0 < after - before < 1.5
