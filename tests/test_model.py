@@ -383,7 +383,8 @@ def plain_attention(query, key, value, mask):
 @pytest.mark.parametrize("backward", [False, True])
 def test_compiled_parts_give_the_eager_loss_and_gradients(fresh_compiler, monkeypatch, backward):
     """Two layers with most that gpt2 has, as windows, stages and rows change."""
-    settings = dict(preset="gpt2", dtype="float32", spread=0.3, **NO_LAYERS | dict(
+    dtype = "float64" if backward else "float32"  # which FlexAttention takes on a CPU; gradients cancel in it
+    settings = dict(preset="gpt2", dtype=dtype, spread=0.3, **NO_LAYERS | dict(
         layers=2, paired_layers=(0,), value_layers=(0, 1), xsa_layers=(0, 1), attention_source=(0,), loss_chunk=128))
     compiled, eager = (small_model(**settings, compiled=each, recompute=backward) for each in (True, False))
     for seed, window in enumerate((24, 100, 1000)):
@@ -395,7 +396,7 @@ def test_compiled_parts_give_the_eager_loss_and_gradients(fresh_compiler, monkey
                 patch.setattr(train_gpt2, "attention", plain_attention if backward else attention_to_copies)
                 found, _ = compiled.loss(batch, phase)
                 found.backward() if backward else None
-            assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+            assert found.item() == pytest.approx(expected.item(), rel=1e-12 if backward else 1e-5)
             expected.backward() if backward else None
     for name, gradient in gradients(eager).items():  # of all batches, added up
-        assert deviation(gradients(compiled)[name], gradient) < 1e-4, name
+        assert deviation(gradients(compiled)[name], gradient) < 1e-10, name
