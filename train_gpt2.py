@@ -2125,6 +2125,8 @@ def parse_command_line(arguments):
     if unknown:
         raise UserError(f"unknown option {unknown[0]}{nearest(unknown[0])}{HELP}")
     given = vars(given)
+    if [] in given.values():  # what argparse makes of --width=--
+        raise UserError(f"-- is no value{HELP}")
     values = base_values(given)
     without = given.pop("without")
     used = [name for name, off in TECHNIQUES.items() if not off.items() <= values.items()]

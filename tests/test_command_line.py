@@ -86,7 +86,7 @@ def test_names_of_other_trainers_get_a_hint(name):
 def test_unknown_options():
     assert "--window" in refusal("--wndow", "3") and "--row-tokens" in refusal("--row_tokens=3")
     assert "meant" not in refusal("--zzz", "3") and "meant" not in refusal("train.py")
-    assert "--steps" in refusal("--steps")  # without a value
+    assert "--steps" in refusal("--steps") and "no value" in refusal("--width=--")
     assert "quotes" in refusal("--train-files", "a_0.bin", "a_1.bin")  # a pattern that the shell has spelled out
 
 
