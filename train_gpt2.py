@@ -922,13 +922,13 @@ class Mudd(nn.Module):
 def mixed(x, added, residual, output):
     """The stream, and what a sublayer adds to it, each times its weight, if it has one."""
     added = added if output is None else output * added
-    return (x if residual is None else residual * x) + added
+    return (x if residual is None else (residual * x).to(x.dtype)) + added
 
 
 def by_token(weights, x):
-    """Weights () or (n,), for x (R, T, D) -> n times (T, 1): the gradient is then summed by token, beside
-    the norm's backward pass, and not in a pass over x of its own."""
-    return weights.to(x.dtype).view(1, -1).expand(x.shape[1], -1).split(1, dim=1)
+    """Weights () or (n,), for x (R, T, D) -> n times (T, 1), not rounded to x's dtype: the gradient is
+    then summed by token, beside the norm's backward pass, and not in a pass over x of its own."""
+    return weights.view(1, -1).expand(x.shape[1], -1).split(1, dim=1)
 
 
 def weighted_sum(weights, streams):
@@ -965,7 +965,8 @@ class Entrance(nn.Module):
             bigram = bigram if signs is None else bigram * signs
             x0 = x0 + on_first(self.bigram_mix[0] * bigram, width)
         x0_mix = () if self.x0_mix is None else by_token(self.x0_mix, x0)
-        injected = {layer: weight * x0 for layer, weight in zip(self.x0_layers, x0_mix, strict=True)}
+        injected = {layer: (weight * x0).to(x0.dtype)
+                    for layer, weight in zip(self.x0_layers, x0_mix, strict=True)}
         for i, layer in enumerate(self.bigram_layers[1:], 1):
             injected[layer] = injected.get(layer, 0) + on_first(self.bigram_mix[i] * bigram, width)
         return x0, bigram, injected
@@ -1067,9 +1068,9 @@ class Block(nn.Module):
         if skip is not None:
             x = x + self.skip_share(shared.x0, x.dtype) * skip
         if self.output is not None:  # attend() puts output[0] on its output matrix
-            residual = by_token(self.residual, x)[0]
+            residual, = by_token(self.residual[0], x)
         elif self.residual is not None:  # mixed once, before attention
-            x, injected = by_token(self.residual, x)[0] * x + injected, None
+            x, injected = mixed(x, injected, by_token(self.residual, x)[0], None), None
         normed = rms_norm(x if source is None else source, self.epsilon)
         added = self.added_to_values(normed, value_embedding)
         if self.mudd is not None:
@@ -1117,7 +1118,7 @@ class Block(nn.Module):
         up, down = self.mlp.to(x.dtype).unbind(0)
         residual, output = weights
         if self.output is not None:
-            residual, down = by_token(self.residual, x)[-1], self.output[-1] * down
+            (residual,), down = by_token(self.residual[-1], x), self.output[-1] * down
         hidden = F.linear(rms_norm(x, self.epsilon), up).relu().square()  # ReLU^2 (Primer)
         return mixed(x, hidden @ down, residual, output)
 
