@@ -72,10 +72,8 @@ class UserError(SystemExit):
 
 def tool(name):
     """How to call a script of this repository from the current folder."""
-    path = str(Path(__file__).parent / name)
-    with contextlib.suppress(OSError):  # the current folder may have been removed
-        path = os.path.relpath(path)
-    return f"python {shlex.quote(path)}"
+    path = name if os.path.exists(name) else Path(__file__).parent / name
+    return f"python {shlex.quote(str(path))}"
 
 
 # ==================================================================================================
@@ -570,8 +568,7 @@ def read_prefixes(stream):
                         "--prefix-weight 0")
     prefixes = np.fromfile(path, "<i4")
     count = stream.vocabulary
-    whole = os.path.getsize(path) == 4 * count
-    if not whole or prefixes.min() < -1 or prefixes.max() >= count:
+    if os.path.getsize(path) != 4 * count or prefixes.min() < -1 or prefixes.max() >= count:
         raise damaged(path, f"is not {count} tokens or -1 as int32")
     return prefixes if prefixes.max() >= 0 else None
 
@@ -631,13 +628,13 @@ def shuffled_rows(stream, config, shape, epoch):
     return np.random.default_rng((config.seed, epoch)).permutation(positions).tolist()
 
 
-def step_rows(stream, config, first=0):
-    """For each step from `first` on, yield its rows' (tokens, starts, position), and the
-    position after them. The stream is read from its start even if `first`, for the warm-up, is
-    not 0. With shuffle, an epoch deals out all rows of one shape; a stage with another shape
-    begins a new epoch."""
+def step_rows(stream, config, from_step=0):
+    """For each step from `from_step` on, yield its rows' (tokens, starts, position), and the position
+    after them. The stream is read from its start all the same: the warm-up tries later steps on
+    the first tokens. With shuffle, an epoch deals out all rows of one shape; a stage with another
+    shape begins a new epoch."""
     position, epoch, left, shape = 0, 0, [], None
-    for step in range(first, config.steps):
+    for step in range(from_step, config.steps):
         stage, rows = stage_of(step, config), []
         if row_shape(stage, config) != shape:
             left, shape = [], row_shape(stage, config)
@@ -651,9 +648,9 @@ def step_rows(stream, config, first=0):
         yield rows, position
 
 
-def step_batches(stream, config, processes, first=0):
+def step_batches(stream, config, processes, from_step=0):
     """Yield this process's share of each step's rows: consecutive ones, as many as others have."""
-    for rows, _ in step_rows(stream, config, first):
+    for rows, _ in step_rows(stream, config, from_step):
         share = len(rows) // processes.world
         mine = rows[processes.rank * share:(processes.rank + 1) * share]
         tokens, starts, positions = zip(*mine, strict=True)
@@ -949,11 +946,10 @@ class Entrance(nn.Module):
         self.epsilon = config.rms_epsilon
         scalar = partial(parameter, dtype=wide(dtype))
         count = len(self.bigram_layers)
-        channels = min(GATE_CHANNELS, config.width)
         self.x0_mix = scalar(len(self.x0_layers), used=self.x0_layers != [])
         self.bigram_mix = scalar(count, first=BIGRAM_INIT, used=count > 0)  # [0] is for x0 itself
         self.smear_mix = scalar(used=config.smear)
-        self.smear_gate = scalar(channels, used=config.smear)
+        self.smear_gate = scalar(min(GATE_CHANNELS, config.width), used=config.smear)
 
     def forward(self, embedding, bigram, signs):
         """Embedding (R, T, D); bigram and signs, (R, T, n) or None -> x0 (R, T, D), where the
@@ -1393,8 +1389,8 @@ def product(a, b, unit, dtype, fast=False):
 
 
 def gpu_sigmoid(x):
-    """The sigmoid from 2^x and 1 / sqrt(x), which take a GPU one instruction each: compiled, six
-    instructions fewer than torch.sigmoid, of 41 in the loss's gradient."""
+    """The sigmoid from 2^x and 1 / sqrt(x), which take a GPU one instruction each; torch.sigmoid compiles
+    to more, with a division."""
     return (1 + (x * (-1 / BIT)).exp2()).rsqrt().square()
 
 
