@@ -1,7 +1,7 @@
 """Train a GPT-2-class model to 3.28 validation loss on FineWeb, as fast as 8 H100s can, in one file.
 
     torchrun --standalone --nproc_per_node=8 train_gpt2.py    # gpt2: what 84 records of the speedrun found
-    python train_gpt2.py --preset five-minute                 # record 12, where it came from
+    python train_gpt2.py --preset five-minute                 # record 12, from which this file grew
     python train_gpt2.py --preset tiny                        # a small model, on a CPU
     python train_gpt2.py --help                               # every setting
 
@@ -40,7 +40,7 @@ import time
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from datetime import timedelta
 from functools import partial
 from itertools import islice, pairwise
@@ -74,6 +74,11 @@ def tool(name):
     """How to call a script of this repository from the current folder."""
     path = name if os.path.exists(name) else Path(__file__).parent / name
     return f"python {shlex.quote(str(path))}"
+
+
+def script_text():
+    """The text of this script."""
+    return Path(__file__).read_text(encoding="utf-8")
 
 
 # ==================================================================================================
@@ -362,7 +367,7 @@ def momentum_at(step, config):
     """Muon's momentum rises over the first steps (#12) and falls over the last ones (#39)."""
     rise = max(1, round(config.momentum_warmup * config.steps))
     fall = max(1, round(config.momentum_cooldown * config.steps))
-    share = min(1.0, step / rise, (config.steps - step) / fall if config.momentum_cooldown else 1.0)
+    share = min(1.0, step / rise, (config.steps - step) / fall)
     low, high = config.muon_momentum_start, config.muon_momentum
     return low + (high - low) * share
 
@@ -371,15 +376,15 @@ def windows_at(step, config):
     """(long, short) windows. They grow by stage (#29); the last validation sees further
     (#31)."""
     stage = stage_of(step, config)
-    long, short = value_at(config.window, stage), value_at(config.window_short, stage)
-    return (config.window_final or long if step == config.steps else long), short
+    final = config.window_final if step == config.steps else 0
+    return final or value_at(config.window, stage), value_at(config.window_short, stage)
 
 
 def stage_left(step, config):
     """The share of its stage that a step has ahead: 1 for a stage's first step."""
     stage = stage_of(step, config)
     begin, end = stage_borders(config)[stage:stage + 2]
-    return (end - step) / max(1, end - begin)
+    return (end - step) / (end - begin)
 
 
 def token_weights(step, config):
@@ -398,7 +403,8 @@ def prefix_weight(step, config):
 
 
 def last_tied_step(config):
-    """The last step with embedding and head tied (#53), one in which Adam updates. -1: never tied."""
+    """The last step with embedding and head tied (#53): the first from the end of their share on in
+    which Adam updates. -1: never tied."""
     if not config.tied_until:
         return -1
     last = math.ceil(round(config.tied_until * stage_borders(config)[STAGES], 6))
@@ -420,6 +426,12 @@ def phase_at(step, config):
                  prefix_weight(step, config), step <= last_tied_step(config))
 
 
+def head_channels(config):
+    """Channels of a head, and how many of them rotary rotates."""
+    channels = config.width // config.heads
+    return channels, 2 * round(config.rotary_share * channels / 2)
+
+
 def yarn(stage, config):
     """Rotary frequencies, (n,) float64 in radians per token, and the softmax scale of a stage.
 
@@ -433,8 +445,8 @@ def yarn(stage, config):
     scale = config.attention_scale or channels**-0.5
     for before in range(min(stage, config.yarn)):
         old, new = value_at(config.window, before), value_at(config.window, before + 1)
-        kept = ((old * frequencies / (2 * math.pi) - 1) / 31).clamp(0, 1)
-        frequencies = frequencies * (old / new + kept * (1 - old / new))
+        share_kept = ((old * frequencies / (2 * math.pi) - 1) / 31).clamp(0, 1)
+        frequencies = frequencies * (old / new + share_kept * (1 - old / new))
         scale *= 1 + 0.2 * math.log(new / old)
     return frequencies, scale
 
@@ -475,10 +487,10 @@ def open_shard(path):
     if not os.path.isfile(path):
         raise UserError(f"{path} is not a regular file; shards are given by a pattern in quotes, such as "
                         "--train-files 'data/mine/text_train_*.bin'")
-    header = np.zeros(HEADER_BYTES // 4, "<i4")
+    header = np.zeros(5, "<i4")  # stays zero beyond the file's end
     with open(path, "rb") as file:
         file.readinto(header)
-    magic, version, count, vocabulary, separator = header[:5].tolist()
+    magic, version, count, vocabulary, separator = header.tolist()
     size = os.path.getsize(path)
     vocabulary = vocabulary or GPT2_VOCABULARY  # 0 in FineWeb's shards
     separator = separator or (GPT2_SEPARATOR if vocabulary > GPT2_SEPARATOR else 0)
@@ -580,7 +592,7 @@ class Batch(NamedTuple):
     positions: tuple[int, ...] = ()  # of each row in the stream
 
 
-def row_shape(stage, config):
+def row_lengths(stage, config):
     """Tokens of a row, and of its longest document."""
     tokens = value_at(config.row_tokens, stage)
     return tokens, value_at(config.document_tokens, stage) or tokens + 1
@@ -592,12 +604,12 @@ def places_in_documents(starts):
     return index - np.maximum.accumulate(index * starts)
 
 
-def training_row(stream, position, shape, config):
+def training_row(stream, position, lengths, config):
     """The row that begins at `position`: (T + 1,) uint16, inputs and the last target; (T + 1,)
-    bool, where documents start; and the next row's position. shape: T, and the longest document.
+    bool, where documents start; and the next row's position. lengths: T, and the longest document.
     Every row begins with a document (#29). Documents are cut at the longest length and at the
     row's end; the rest is dropped, or begins a document of its own."""
-    tokens_of_row, longest = shape
+    tokens_of_row, longest = lengths
     count = tokens_of_row + 1
     if config.long_documents == "continue":  # the last target is the next row's first input
         tokens, starts = stream.read(position, count)
@@ -615,14 +627,14 @@ def training_row(stream, position, shape, config):
         span *= 2
 
 
-def shuffled_rows(stream, config, shape, epoch):
+def shuffled_rows(stream, config, lengths, epoch):
     """Positions of all whole rows of the stream, in an epoch's random order."""
     if config.long_documents == "continue":
-        positions = range(0, stream.tokens - shape[0], shape[0])
+        positions = range(0, stream.tokens - lengths[0], lengths[0])
     else:
         positions, following = [], 0
         while following < stream.tokens:
-            begin, following = following, training_row(stream, following, shape, config)[-1]
+            begin, following = following, training_row(stream, following, lengths, config)[-1]
             if following <= stream.tokens:  # else the row wraps past the end
                 positions.append(begin)
     return np.random.default_rng((config.seed, epoch)).permutation(positions).tolist()
@@ -630,20 +642,20 @@ def shuffled_rows(stream, config, shape, epoch):
 
 def step_rows(stream, config, from_step=0):
     """For each step from `from_step` on, yield its rows' (tokens, starts, position), and the position
-    after them. The stream is read from its start all the same: the warm-up tries later steps on
-    the first tokens. With shuffle, an epoch deals out all rows of one shape; a stage with another
-    shape begins a new epoch."""
-    position, epoch, left, shape = 0, 0, [], None
+    after them. Whatever `from_step`, rows come from the stream's start: the warm-up tries later
+    steps on the first tokens. With shuffle, an epoch deals out all rows of one length; a stage with another
+    length begins a new epoch."""
+    position, epoch, left, lengths = 0, 0, [], None
     for step in range(from_step, config.steps):
         stage, rows = stage_of(step, config), []
-        if row_shape(stage, config) != shape:
-            left, shape = [], row_shape(stage, config)
-        for _ in range(value_at(config.tokens_per_step, stage) // shape[0]):
+        if row_lengths(stage, config) != lengths:
+            left, lengths = [], row_lengths(stage, config)
+        for _ in range(value_at(config.tokens_per_step, stage) // lengths[0]):
             if config.shuffle and not left:
-                left = shuffled_rows(stream, config, shape, epoch)
+                left = shuffled_rows(stream, config, lengths, epoch)
                 epoch += 1
             begin = left.pop() if config.shuffle else position
-            tokens, starts, position = training_row(stream, begin, shape, config)
+            tokens, starts, position = training_row(stream, begin, lengths, config)
             rows.append((tokens, starts, begin))
         yield rows, position
 
@@ -753,7 +765,7 @@ def span_mask(first_key, block=2 * MASK_BLOCK):
     row, position = (torch.arange(size, device=first_key.device) for size in first_key.shape)
     rule, spans = interval_rule(first_key), []
     for begin in range(0, len(position), block):
-        queries = slice(begin, min(len(position), begin + block))
+        queries = slice(begin, begin + block)  # the last may reach beyond the row
         keys = slice(int(first_key[:, begin].min()), queries.stop)
         visible = rule(row[:, None, None, None], None, position[queries, None], position[keys])
         spans.append((queries, keys, visible))
@@ -808,8 +820,8 @@ def rotary_tables(frequencies, positions, channels, dtype):
 
 def for_heads(table, tokens, heads, paired):
     """Table by position -> table by token, (T, 1, K). In paired layers, (T, H, K): here head h of
-    token t has position 2 t + h mod 2, but in the softmax 2 t + (h >= H / 2): the record (#58)
-    has both orders."""
+    token t has position 2 t + h mod 2, but in the softmax 2 t + (h >= H / 2). Both orders are
+    the record's (#58)."""
     if paired:
         return table[:2 * tokens].view(tokens, 2, -1).repeat(1, heads // 2, 1)
     return table[:tokens, None]
@@ -836,7 +848,7 @@ def offset_keys(key, turning):
 
 def smear(embedding, weight, gate_weight):
     """Smear (#34): add to each embedding of (R, T, D) a gated share of the one before."""
-    share = (weight * gate(embedding, gate_weight)).to(embedding.dtype)[..., None]
+    share = (weight * gate(embedding, gate_weight))[..., None]
     return embedding + share * F.pad(embedding[:, :-1], (0, 0, 1, 0))
 
 
@@ -873,12 +885,6 @@ def wide(dtype):
     return torch.promote_types(dtype, torch.float32)
 
 
-def head_channels(config):
-    """Channels of a head, and how many of them rotary rotates."""
-    channels = config.width // config.heads
-    return channels, 2 * round(config.rotary_share * channels / 2)
-
-
 def parameter(*shape, dtype, first=0.0, used=True):
     """A parameter filled with `first`; None where its technique is off."""
     return nn.Parameter(torch.full(shape, first, dtype=dtype)) if used else None
@@ -903,7 +909,7 @@ class Mudd(nn.Module):
         """initial: the weights at first, the same for all tokens, in tuples by purpose. A bias is
         ten times its weight, so that an update of it moves the weight by a tenth."""
         super().__init__()
-        self.counts, values = [len(values) for values in initial], sum(initial, ())
+        self.counts, values = [len(part) for part in initial], sum(initial, ())
         first = uniform(MUDD_WIDTH, config.width, spread=3**-0.5, draw=draw)
         self.mudd_in = nn.Parameter(first.to(dtype))
         self.mudd_out = parameter(len(values), MUDD_WIDTH, dtype=dtype)
@@ -942,12 +948,12 @@ class Entrance(nn.Module):
         static = range(config.layers - config.mudd)  # in the last layer, MUDD decides
         attending = [i for i in static if i not in config.attention_free]
         self.x0_layers = {"blocks": [*static], "sublayers": attending, "none": []}[config.mixing]
-        self.bigram_layers = [0, *(i for i in attending if i)] if config.bigram else []
+        self.bigram_layers = [i for i in attending if i > 0] if config.bigram else []
         self.epsilon = config.rms_epsilon
         scalar = partial(parameter, dtype=wide(dtype))
-        count = len(self.bigram_layers)
-        self.x0_mix = scalar(len(self.x0_layers), used=self.x0_layers != [])
-        self.bigram_mix = scalar(count, first=BIGRAM_INIT, used=count > 0)  # [0] is for x0 itself
+        self.x0_mix = scalar(len(self.x0_layers), used=self.x0_layers)
+        count = 1 + len(self.bigram_layers)  # the first is for x0 itself
+        self.bigram_mix = scalar(count, first=BIGRAM_INIT, used=config.bigram > 0)
         self.smear_mix = scalar(used=config.smear)
         self.smear_gate = scalar(min(GATE_CHANNELS, config.width), used=config.smear)
 
@@ -963,7 +969,7 @@ class Entrance(nn.Module):
         x0_mix = () if self.x0_mix is None else by_token(self.x0_mix, x0)
         injected = {layer: (weight * x0).to(x0.dtype)
                     for layer, weight in zip(self.x0_layers, x0_mix, strict=True)}
-        for i, layer in enumerate(self.bigram_layers[1:], 1):
+        for i, layer in enumerate(self.bigram_layers, 1):
             injected[layer] = injected.get(layer, 0) + on_first(self.bigram_mix[i] * bigram, width)
         return x0, bigram, injected
 
@@ -995,6 +1001,15 @@ class Shared(NamedTuple):
     cosine: Tensor  # (positions, K)
     sine: Tensor
     scale: Tensor  # () of the softmax
+
+
+def skip_sources(config):
+    """{layer: the earlier layer whose output is added to it}. One gated skip (#45, #55); or to
+    each layer of the second half its mirror image in the first (U-net, #11)."""
+    if config.gated_skip:
+        source, layer = config.gated_skip
+        return {layer: source}
+    return {config.layers - 1 - i: i for i in range(config.layers // 2) if config.unet_skips}
 
 
 class Block(nn.Module):
@@ -1033,7 +1048,7 @@ class Block(nn.Module):
         dynamic = config.mudd and layer == config.layers - 1
         each = [1 + self.attends] if config.mixing == "sublayers" else []
         self.residual = scalar(*each, first=first, used=not dynamic and config.mixing != "none")
-        self.output = scalar(*each, first=1.0, used=not dynamic and each != [])  # folded into matrices
+        self.output = scalar(*each, first=1.0, used=not dynamic and each)  # multiplied into matrices
         self.mudd = Mudd((  # the initial weights of
             (0.0, 0.0, 0.0),  # x0, source and stream, added to values
             (0.0, 0.0, 0.0),  # the same, added to the stream
@@ -1044,7 +1059,7 @@ class Block(nn.Module):
         ), config, dtype, draw) if dynamic else None
         skipped = layer in skip_sources(config)
         self.skip_mix = scalar(first=-1.5 if config.gated_skip else 1.0, used=skipped)
-        self.skip_gate = scalar(gate_size, used=skipped and config.gated_skip != ())
+        self.skip_gate = scalar(gate_size, used=skipped and config.gated_skip)
         self.in_scale = scalar(first=0.5, used=self.attends and config.attention_mix)
         self.out_scale = scalar(first=1.0, used=self.attends and config.attention_mix)
         self.xsa = scalar(config.heads, used=layer in config.xsa_layers)
@@ -1062,7 +1077,7 @@ class Block(nn.Module):
         residual = output = value = None
         of_mlp = None, None
         if skip is not None:
-            x = x + self.skip_share(shared.x0, x.dtype) * skip
+            x = x + self.skip_share(shared.x0) * skip
         if self.output is not None:  # attend() puts output[0] on its output matrix
             residual, = by_token(self.residual[0], x)
         elif self.residual is not None:  # mixed once, before attention
@@ -1092,11 +1107,11 @@ class Block(nn.Module):
             injected = injected + on_first(of_bigram * shared.bigram, x.shape[-1])
         return x + weighted_sum(of_stream, streams), added, injected, of_attention, of_mlp
 
-    def skip_share(self, x0, dtype):
+    def skip_share(self, x0):
         """The weight of `skip`: () or, gated by x0, (R, T, 1) (#45, #55)."""
         if self.skip_gate is None:
             return self.skip_mix
-        return (2 * self.skip_mix.sigmoid() * gate(x0, self.skip_gate)).to(dtype)[..., None]
+        return (2 * self.skip_mix.sigmoid() * gate(x0, self.skip_gate))[..., None]
 
     def added_to_values(self, normed, value_embedding):
         """The value embedding by head, (R, T, H, K), or None (#14). Gates see both inputs (#55, #70)."""
@@ -1220,15 +1235,6 @@ class TableRows(torch.autograd.Function):
         return None if grouped else total, None, None
 
 
-def skip_sources(config):
-    """{layer: the earlier layer whose output is added to it}. One gated skip (#45, #55); or to
-    each layer of the second half its mirror image in the first (U-net, #11)."""
-    if config.gated_skip:
-        source, layer = config.gated_skip
-        return {layer: source}
-    return {config.layers - 1 - i: i for i in range(config.layers // 2) if config.unet_skips}
-
-
 class GPT(nn.Module):
     """The language model. Parameters: embedding and head (V, D), V padded to a multiple of 64;
     12 D^2 per block, 8 D^2 without attention; tables of value embeddings and of bigrams; gates,
@@ -1259,15 +1265,15 @@ class GPT(nn.Module):
             (VALUE_INIT * torch.randn(padded, width, generator=draw)).to(self.dtype) for _ in self.table_of)
         channels = min(config.bigram_width, width)
         self.bigram_table = parameter(
-            config.bigram * padded, channels, dtype=self.dtype, used=config.bigram > 0)
+            config.bigram * padded, channels, dtype=self.dtype, used=config.bigram)
         signs = 2 * torch.randint(2, (config.bigram_signs, channels), generator=draw) - 1
         self.register_buffer("signs", signs.to(self.dtype) if config.bigram_signs * config.bigram else None)
         self.entrance = Entrance(config, self.dtype)
         self.exit = Exit(config, self.dtype, draw)
         frequencies, scales = zip(*(yarn(stage, config) for stage in range(STAGES + 1)), strict=True)
         self.register_buffer("frequencies", torch.stack(frequencies), persistent=False)
-        scales = torch.tensor(scales, dtype=wide(self.dtype))
-        self.register_buffer("scales", scales, persistent=False)
+        self.register_buffer(
+            "scales", torch.tensor(scales, dtype=wide(self.dtype)), persistent=False)
         if prefixes is not None:  # target -1 indexes the last: no prefix
             prefixes = F.pad(torch.as_tensor(prefixes, dtype=torch.int64), (0, 1), value=-1)
         self.register_buffer("prefixes", prefixes, persistent=False)
@@ -1315,17 +1321,18 @@ class GPT(nn.Module):
         source = first_value = first_embedding = None
         for i, block in enumerate(self.blocks):
             before, value_embedding = x, None
-            mask = masks.get((block.short, block.paired))
+            mask = masks.get((block.short, block.paired))  # None without attention
             if i in self.table_of:
                 value_embedding = TableRows.apply(self.value_tables[self.table_of[i]], inputs, by_row)
                 first_embedding = value_embedding if first_embedding is None else first_embedding
-            x, value = run(block, x, shared, mask, injected.pop(i, None), outputs.get(skips.get(i)),
-                           source, value_embedding, first_value)
+            skip = outputs.get(skips.get(i))  # None, unless one ends here
+            x, value = run(block, x, shared, mask, injected.pop(i, None), skip, source,
+                           value_embedding, first_value)
             if i in skips.values():
                 outputs[i] = x
             if i in config.attention_source:  # (#77)
                 source = x
-            first_value = value if block.gives_values else first_value
+            first_value = value if first_value is None else first_value
         skipped = next(iter(outputs.values()), None)
         return self.run_exit(self.exit, x, (x0, source, before, first_embedding, skipped))
 
@@ -1341,7 +1348,7 @@ class GPT(nn.Module):
             weights.append(phase.prefix_weight)
         targets = torch.stack(targets, dim=-1).flatten(0, 1)
         weights = [torch.tensor(weight, dtype=wide(self.dtype)) for weight in weights]
-        return ChunkedLoss.apply(hidden, self.head, targets, weights, self, torch.is_grad_enabled())
+        return ChunkedLoss.apply(hidden, self.head, targets, weights, self)
 
     def logits(self, hidden):
         """(..., D) -> (..., vocabulary), capped, at least float32."""
@@ -1401,8 +1408,8 @@ def softcap(z, cap, unit=1.0):
     height, extent, shift = cap
     if not height:
         return z / unit, 1.0
-    share = (gpu_sigmoid if z.is_cuda else torch.sigmoid)(z * (2 / extent) + 2 * shift / extent)
-    return 2 * height / unit * share - height / unit, 4 * height / extent * (share - share.square())
+    s = (gpu_sigmoid if z.is_cuda else torch.sigmoid)(z * (2 / extent) + 2 * shift / extent)
+    return 2 * height / unit * s - height / unit, 4 * height / extent * (s - s.square())
 
 
 def chunk_losses(z, targets, weights, cap):
@@ -1439,11 +1446,13 @@ def chunk_gradient(z, normaliser, targets, weights, cap, float8):
 class ChunkedLoss(torch.autograd.Function):
     """hidden (N, D), head (V, D), targets (N, k), k weights -> () the sum of all weighted
     cross-entropies, and () that of next tokens, in chunks of config.loss_chunk tokens. The head's
-    padding rows take part in the softmax, in validation too, as in the records."""
+    padding rows take part in the softmax, in validation too, as in the records. Gradients are made
+    only for hidden states that ask for them: not in validation."""
 
     @staticmethod
-    def forward(ctx, hidden, head, targets, weights, model, with_gradient):
+    def forward(ctx, hidden, head, targets, weights, model):
         config, dtype = model.config, hidden.dtype
+        with_gradient = ctx.needs_input_grad[0]
         float8 = model.float8 and with_gradient
 
         def both_ways(x, unit):
@@ -1456,16 +1465,17 @@ class ChunkedLoss(torch.autograd.Function):
         by_hidden, by_head = [], None
         total, next_token = torch.zeros((2,), dtype=wide(dtype), device=hidden.device)
         chunks = zip(hidden.split(config.loss_chunk), targets.split(config.loss_chunk), strict=True)
-        for chunk, wanted in chunks:
+        for chunk, chunk_targets in chunks:
             z = rows = columns = None  # the memory of the chunk before is free for this one
             hidden_rows, hidden_columns = both_ways(chunk, HIDDEN_UNIT)
             z = product(hidden_rows, head_rows, HIDDEN_UNIT * HEAD_UNIT, dtype, fast=True)
-            loss, next_loss, normaliser = model.run_losses(z, wanted, weights, config.softcap)
+            loss, next_loss, normaliser = model.run_losses(z, chunk_targets, weights, config.softcap)
             total += loss
             next_token += next_loss
             if not with_gradient:
                 continue
-            rows, columns = model.run_gradient(z, normaliser, wanted, weights, config.softcap, float8)
+            rows, columns = model.run_gradient(
+                z, normaliser, chunk_targets, weights, config.softcap, float8)
             by_hidden.append(product(rows, head_columns, GRADIENT_UNIT * HEAD_UNIT, dtype))
             part = product(columns, hidden_columns, GRADIENT_UNIT * HIDDEN_UNIT, total.dtype)
             by_head = part if by_head is None else by_head.add_(part)
@@ -1477,7 +1487,7 @@ class ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient, _):
         by_hidden, by_head = ctx.saved_tensors
-        return by_hidden * gradient, by_head * gradient, None, None, None, None
+        return by_hidden * gradient, by_head * gradient, None, None, None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1506,16 +1516,18 @@ class Group:
         self.parameters = parameters
         self.config = config
         self.world = processes.world
-        unit = parameters[0].shape[parameters[0].dim() - axes:]
-        # Each parameter is aligned to 16 bytes: graphs compiled for layer 0 rely on it.
-        align = 16 // math.gcd(16, unit.numel() * parameters[0].element_size())
+        first = parameters[0]
+        unit = first.shape[first.dim() - axes:]
+        # Each parameter is aligned to 16 bytes: a graph that was compiled for one layer's relies on
+        # it, and serves other layers too.
+        align = 16 // math.gcd(16, unit.numel() * first.element_size())
         self.slices, self.length = [], 0
         for p in parameters:
             begin = -(-self.length // align) * align
             self.length = begin + p.numel() // unit.numel()
             self.slices.append(slice(begin, self.length))
         share = -(-self.length // self.world)
-        self.weights = parameters[0].data.new_zeros(share * self.world, *unit)
+        self.weights = first.data.new_zeros(share * self.world, *unit)
         self.gradients = torch.zeros_like(self.weights)
         for p, part in zip(parameters, self.slices, strict=True):
             self.weights[part] = p.data.reshape(-1, *unit)
@@ -1690,14 +1702,14 @@ class Muon(Group):
         self.dtype = model.dtype
         self.kernel = compiled_if(model.compiled, muon_update)
         average = torch.zeros_like(self.own, dtype=self.state_dtype)
-        self.state = [average, torch.zeros_like(average.mean(averaged_axis(average), keepdim=True))]
+        self.state = [average, average.mean(averaged_axis(average), keepdim=True)]  # zeros
         if self.weights.dtype == torch.bfloat16:
             self.state.append(torch.zeros_like(self.own, dtype=torch.int16))
         self.scale = self.per_unit(scales)[:, None, None]
 
     def update(self, step):
         config = self.config
-        average, mean_square, low_bits = (*self.state, None)[:3]
+        average, mean_square, low_bits = (*self.state, None)[:3]  # low bits only of bfloat16
         rate = self.as_tensor(config.muon_lr * learning_rate_factor(step, config))
         momentum = self.as_tensor(momentum_at(step, config))
         self.kernel(self.own, self.own_gradient, average, mean_square, low_bits, self.scale, rate,
@@ -1705,15 +1717,16 @@ class Muon(Group):
 
 
 class Adam(Group):
-    """Tables by row, small parameters by element. State: mean and mean square of the gradients. If the
-    last step is not due, its gradients go unused, as in the record."""
+    """Tables by row, small parameters by element. State: mean and mean square of the gradients. If
+    the last step is not due, Adam makes no last update, as in the record."""
 
     def __init__(self, name, axes, parameters, settings, model, processes):
         """settings: rate, beta1, beta2, decay of each parameter."""
         super().__init__(name, axes, parameters, model.config, processes)
         self.settings = self.per_unit(settings, 4)
         self.every = model.config.adam_every  # over these steps gradients add up (#39)
-        self.after = last_tied_step(model.config) if name == "embedding" else -1
+        if name == "embedding":  # until then the head is the embedding, too
+            self.after = last_tied_step(model.config)
         self.kernel = compiled_if(model.compiled, adam_update)
         self.state = [torch.zeros_like(self.own, dtype=self.state_dtype) for _ in range(2)]
 
@@ -1728,22 +1741,23 @@ def optimizer_groups(model, processes):
     """All parameters, each in one group, in the order of updates: first those whose gradients come
     first; the tables, which take longest to send, before half of Muon's arithmetic."""
     config, members = model.config, {}
+    factors = {"mlp": (MLP_RATIO**0.5, config.down_scale), "qk": (1.0,), "vo": (1.0,)}  # on updates
     for name, p in model.named_parameters():
         words = name.split(".")
         kind = [word for word in words if not word.isdigit()][-1]
-        if kind in ("mlp", "qk", "vo"):
+        if kind in factors:
             kind += ".late" if int(words[1]) >= config.layers // 2 else ".early"
         members.setdefault(name if kind == "value_tables" else kind, []).append(p)
 
-    factors = {"mlp": (MLP_RATIO**0.5, config.down_scale), "qk": (1.0,), "vo": (1.0,)}  # on updates
     early, late = ({f"{kind}.{depth}": factors[kind] for kind in factors} for depth in ("early", "late"))
     tables = {name: config.adam_tables for name in reversed(members) if "value_tables" in name}
     gates = config.adam_gates
     rate, *betas, decay = gates
     mixing, scalars = config.adam_mixing, config.adam_scalars
-    plan = {  # Muon's factors; Adam's settings for a table, or by kind of small parameter
+    single = {  # kinds with a group of their own: Adam's settings, or Muon's factors
         "head": config.adam_head, **late, **tables, "bigram_table": config.adam_tables,
-        "embedding": config.adam_embedding, **early,
+        "embedding": config.adam_embedding, **early}
+    plan = {name: {name: settings} for name, settings in single.items()} | {
         "small": {
             "attention_gate": gates, "value_gate": gates, "residual": config.adam_residual,
             "output": mixing, "x0_mix": mixing, "bigram_mix": mixing, "xsa": mixing, "in_scale": scalars,
@@ -1752,12 +1766,10 @@ def optimizer_groups(model, processes):
         "mudd": {"mudd_in": (rate / 4, *betas, decay), "mudd_out": (rate / 4, *betas, decay),
                  "mudd_bias": (rate / 4, *betas, 0.0)}}
     groups = {}
-    for name, settings in plan.items():
-        small = type(settings) is dict
-        kinds = settings if small else {name: settings}
-        found = [(p, kinds[kind]) for kind in kinds for p in members.pop(kind, ())]
+    for name, kinds in plan.items():
+        found = [(p, settings) for kind, settings in kinds.items() for p in members.pop(kind, ())]
         if found:
-            optimizer, axes = (Muon, 2) if name in early | late else (Adam, 1 - small)
+            optimizer, axes = (Muon, 2) if name in early | late else (Adam, int(name in single))
             groups[name] = optimizer(name, axes, *zip(*found, strict=True), model, processes)
     assert not members, f"parameters without a group: {[*members]}"
     if processes.world > 1:
@@ -1819,7 +1831,7 @@ def train_step(model, groups, batch, step):
             for group in due:
                 group.expect_gradients()
         loss, next_token_loss = model.loss(micro, phase)
-        (loss / config.tokens_per_step[0]).backward()  # Adam's epsilon fits this size
+        (loss / config.tokens_per_step[0]).backward()  # adam_epsilon is meant for this size
         total += next_token_loss / value_at(config.tokens_per_step, phase.stage)
     apply_updates(due, step)
     if step == last_tied_step(config):
@@ -1860,8 +1872,8 @@ def warm_up(model, groups, data, processes):
         group.exchanges = False
 
     def run_stage(border):
-        for step in range(border, min(border + config.adam_every, config.steps)):
-            batch = next(prefetched(step_batches(data.train, config, processes, step), device))
+        batches = prefetched(step_batches(data.train, config, processes, border), device)
+        for step, batch in enumerate(islice(batches, config.adam_every), border):
             train_step(model, groups, batch, step)
             validate(model, data.val, 1, step, alone)
 
@@ -1870,7 +1882,7 @@ def warm_up(model, groups, data, processes):
         run_stage(border)
     processes.barrier()
     for group in groups.values():  # now all run the same steps, which connects them
-        group.exchanges = processes.world > 1
+        group.exchanges = group.world > 1
     for border in borders:
         run_stage(border)
     validate(model, data.val, 1, config.steps, alone)
@@ -1922,9 +1934,9 @@ def open_data(config):
                         f"({shard_command(train.pattern)}), or give --repeat true, or fewer --steps"
                         + ", or --long-documents continue" * cut)
     for stage in range(STAGES + 1) if config.shuffle else ():  # if any row fits, the first does
-        shape = row_shape(stage, config)
-        if training_row(train, 0, shape, config)[-1] > train.tokens:
-            raise UserError(f"{train.pattern} has no whole row of {shape[0]} tokens to "
+        lengths = row_lengths(stage, config)
+        if training_row(train, 0, lengths, config)[-1] > train.tokens:
+            raise UserError(f"{train.pattern} has no whole row of {lengths[0]} tokens to "
                             f"shuffle; make more ({shard_command(train.pattern)}), or give a shorter "
                             "--row-tokens, or --shuffle false")
     found = {"train": train.fingerprints(), "val": val.fingerprints()}
@@ -1942,7 +1954,8 @@ def training_loop(model, groups, data, processes, log, progress, received):
     config, first = model.config, progress.step
     save_every = -(-config.save_every // config.adam_every) * config.adam_every  # when Adam has updated
     batches = step_batches(data.train, config, processes)
-    next(islice(batches, first, first), None)  # skips the steps done, before the clock runs
+    for _ in range(first):  # skip the steps done, before the clock runs
+        next(batches)
     batches = prefetched(batches, processes.device)
     clock = Clock(processes, progress.seconds)
     reports = Reports(groups, data.train, processes, log, clock)
@@ -1979,18 +1992,19 @@ def train(config, processes):
     """The whole run. Returns its folder, or None where another process writes it. Leaves a model; after a
     signal a checkpoint, and raises SystemExit. Raises UserError."""
     config, float8, compiled = for_device(config, processes)
-    data, device = open_data(config), processes.device
+    data = open_data(config)
     processes.check_agreement(texts(config) | data.fingerprints | {
-        "script": Path(__file__).read_text(encoding="utf-8"), "torch": torch.__version__, "float8": float8})
+        "script": script_text(), "torch": torch.__version__, "float8": float8})
     saved = checkpoint_to_resume(config, data, processes)
     if saved and "state" not in saved:  # so that a job restarting until done can end
         if processes.rank == 0:
             say(f"this run is finished: {saved['path']}; --resume none starts anew, or give another --out")
-        return Path(saved["path"]).parent
+        return saved["path"].parent
     with RunLog(config, processes, saved) as log:
-        log.line("\n".join([environment(processes), json.dumps(asdict(config)),
+        log.line("\n".join([environment(processes), json.dumps(vars(config)),
                             f"shards {json.dumps(data.fingerprints)}"]), show=False)
-        model = GPT(config, data.train.vocabulary, data.prefixes, float8, compiled).to(device)
+        model = GPT(config, data.train.vocabulary, data.prefixes, float8, compiled)
+        model.to(processes.device)
         groups, progress = optimizer_groups(model, processes), Progress()
         describe(model, groups, processes, log)
         check_disk(config, groups, processes)
@@ -2006,14 +2020,13 @@ def train(config, processes):
             log.line(f"compiled in {warm_up(model, groups, data, processes):.0f} s")
         with caught_signals() as received:
             progress = training_loop(model, groups, data, processes, log, progress, received)
-            if log.folder:
-                save_somewhere(log, "model.pt", contents(model, data, progress))
+            path = log.folder and save_somewhere(log, "model.pt", contents(model, data, progress))
         processes.barrier()
         pace = tokens_until(config.steps, config) / progress.seconds
         log.line(f"final val_loss {progress.val_loss:.4f} nats per token, training time "
                  f"{progress.seconds:.2f} s, {pace:,.0f} tokens/s, peak memory "
                  f"{peak_memory(processes):,.0f} MiB; all of it in {log.folder}")
-        log.line(f"a sample of it: {tool('evals/sample.py')} {shlex.quote(str(log.folder))}")
+        log.line(f"a sample of it: {tool('evals/sample.py')} {shlex.quote(str(path))}")
     return log.folder
 
 
@@ -2086,7 +2099,7 @@ def texts(config):
 
 def comments(quote):
     """The comments beside the settings above, by name; with quote='"', beside the techniques."""
-    above, _, _ = Path(__file__).read_text(encoding="utf-8").partition("\nPRESETS")
+    above, _, _ = script_text().partition("\nPRESETS")
     return dict(re.findall(f"^    {quote}([\\w-]+){quote}: .*  # (.*)", above, re.MULTILINE))
 
 
@@ -2154,12 +2167,13 @@ def base_values(given):
     given["resume"] becomes."""
     preset, resume = given.get("preset", "gpt2"), given.get("resume", "none")
     if resume not in ("none", "auto"):
-        saved = newest(Path(os.path.expanduser(resume)))
-        given["resume"] = saved["path"]
-        return asdict(saved["config"]) | {"out": str(Path(saved["path"]).parent.parent)}
+        place = Path(os.path.expanduser(resume))
+        saved = newest(saved_files(place) or [place])
+        given["resume"] = str(saved["path"])
+        return vars(saved["config"]) | {"out": str(saved["path"].parent.parent)}
     if preset not in PRESETS:
         raise UserError(f"--preset {preset} is none of {', '.join(PRESETS)}")
-    return asdict(Config(**preset_values(preset)))
+    return vars(Config(**preset_values(preset)))
 
 
 def check_config(config):
@@ -2188,10 +2202,10 @@ def check_config(config):
         ("val_files", config.val_files == config.train_files,
          "other shards than --train-files; data/text.py makes both"),
         ("out", config.out != config.out.encode(errors="ignore").decode(), "a name in UTF-8")]
-    for name in ("short_layers", "paired_layers", "attention_free", "value_layers", "xsa_layers",
-                 "gated_skip", "attention_source"):
-        wrong = max(getattr(config, name), default=0) >= config.layers
-        rules.append((name, wrong, f"below --layers {config.layers}"))
+    for option in fields(config):
+        if option.type is Layers:
+            wrong = max(getattr(config, option.name), default=0) >= config.layers
+            rules.append((option.name, wrong, f"below --layers {config.layers}"))
     for name in ("value_layers", "xsa_layers"):
         wrong = {*getattr(config, name)} & {*config.attention_free}
         rules.append((name, wrong, f"without --attention-free {spelled(config.attention_free)}"))
@@ -2262,7 +2276,8 @@ def start_processes(config):
             "cannot start with RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT and "
             f"{torch.cuda.device_count()} GPUs: {error!r:.300}; start several by torchrun, one for "
             "each GPU; without a GPU give --device cpu") from None
-    torch.empty(31 * 2**20, dtype=torch.uint8)  # once freed, glibc reuses smaller blocks
+    # Once this is freed, glibc keeps blocks of up to its size for reuse, and returns none to the system.
+    torch.empty(31 * 2**20, dtype=torch.uint8)
     return Processes(rank, world, device, host)
 
 
@@ -2277,16 +2292,17 @@ def for_device(config, processes):
     if config.dtype == "auto":
         config = replace(config, dtype="bfloat16" if fast else "float32")
 
-    has_float8 = on_gpu and torch.cuda.get_device_capability() >= (8, 9)
     fits = config.dtype == "bfloat16" and config.width % 16 == config.loss_chunk % 16 == 0
-    float8 = {"float8": True, "wide": False, "auto": has_float8 and fits}[config.head_dtype]
-    if float8 and not (fits and has_float8 >= on_gpu):  # a CPU emulates it, slowly
+    if on_gpu:  # a CPU emulates it, slowly
+        fits = fits and torch.cuda.get_device_capability() >= (8, 9)
+    float8 = {"float8": True, "wide": False, "auto": on_gpu and fits}[config.head_dtype]
+    if float8 and not fits:
         raise UserError(
             "--head-dtype float8 takes a GPU that has it, --dtype bfloat16, --width and "
             "--loss-chunk in multiples of 16; or give --head-dtype wide")
 
-    compiled = on_gpu and config.compile == "auto" and config.dtype != "float64"
-    compiled = compiled and config.width // config.heads >= 16  # narrower heads do not compile
+    compiled = (on_gpu and config.compile == "auto" and config.dtype != "float64"
+                and config.width // config.heads >= 16)  # narrower heads do not compile
 
     for stage in range(STAGES + 1):
         rows = value_at(config.tokens_per_step, stage) // value_at(config.row_tokens, stage)
@@ -2317,7 +2333,7 @@ class RunLog(contextlib.AbstractContextManager):
 
     def __init__(self, config, processes, saved):
         """saved: the checkpoint that the run goes on from. Raises UserError."""
-        self.config, self.folder, self.checkpoint = config, None, saved and Path(saved["path"])
+        self.config, self.folder, self.checkpoint = config, None, saved and saved["path"]
         if processes.rank > 0:
             return
         folder = Path(config.out, time.strftime("%Y%m%d-%H%M%S-") + secrets.token_hex(2))
@@ -2333,7 +2349,7 @@ class RunLog(contextlib.AbstractContextManager):
             raise UserError(
                 f"another process writes to {folder}; give another --out, or --resume none") from None
         if not self.text.tell():
-            self.text.write(Path(__file__).read_text(encoding="utf-8") + "\n" + "=" * 100 + "\n")
+            self.text.write(script_text() + "\n" + "=" * 100 + "\n")
         self.folder, done = folder, saved["progress"].step if saved else 0
         self.bar = tqdm(total=config.steps, initial=done, unit="step", disable=None)
 
@@ -2361,7 +2377,7 @@ class RunLog(contextlib.AbstractContextManager):
         if show:
             say(text)
 
-    def record(self, step, seconds, kind, loss, **others):
+    def record(self, step, seconds, name, loss, **others):
         """The loss of update number `step`, or after it: to metrics.jsonl, and as a line of speedrun logs."""
         if self.folder is None:
             return
@@ -2369,14 +2385,14 @@ class RunLog(contextlib.AbstractContextManager):
             self.metrics.write(json.dumps({
                 "step": step,
                 "tokens": tokens_until(step, self.config),
-                kind: loss,
+                name: loss,
                 **others,
                 "train_time_s": round(seconds, 6)}) + "\n")
-        if kind == "val_loss" or step % 10 == 0 or step < 10:
+        if name == "val_loss" or step % 10 == 0 or step < 10:
             self.line(
-                f"step:{step}/{self.config.steps} {kind}:{loss:.4f} train_time:{1000 * seconds:.0f}ms "
-                f"step_avg:{1000 * seconds / max(1, step):.2f}ms", kind == "val_loss" or self.bar.disable)
-        self.bar.set_postfix_str(f"{kind} {loss:.4f}")
+                f"step:{step}/{self.config.steps} {name}:{loss:.4f} train_time:{1000 * seconds:.0f}ms "
+                f"step_avg:{1000 * seconds / max(1, step):.2f}ms", name == "val_loss" or self.bar.disable)
+        self.bar.set_postfix_str(f"{name} {loss:.4f}")
         self.bar.update(step - self.bar.n)
 
 
@@ -2428,7 +2444,7 @@ def peak_memory(processes):
 
 def save(path, saved):
     """Atomic: the file gets its name when whole and on disk."""
-    unfinished = path.with_suffix(".partial")
+    unfinished = path.with_name("unfinished.partial")  # what a kill leaves, the next one overwrites
     try:
         with open(unfinished, "wb") as file:
             torch.save(saved, file)
@@ -2493,10 +2509,15 @@ def checkpoints(folder):
     return sorted(folder.glob(f"checkpoint_{7 * '[0-9]'}.pt"))
 
 
+def saved_files(*folders):
+    """Checkpoints and models of these runs: of the latest run last, and of a run its latest step."""
+    files = [file for folder in folders for file in (*checkpoints(folder), *folder.glob("model.pt"))]
+    return sorted(files, key=lambda file: (file.parent.stat().st_mtime, file))
+
+
 def read_checkpoint(path, wanted=None):
     """The dictionary in a file of `save`, with path, Config and Progress; tensors are memory-mapped.
     None if its recipe is not `wanted`'s. Raises UserError for any other file."""
-    options = Config.__dataclass_fields__
     if not os.path.exists(path):
         raise UserError(f"there is no {path}")
     try:
@@ -2512,8 +2533,8 @@ def read_checkpoint(path, wanted=None):
             for part in (saved["config"], *saved["shards"].values()):
                 if any(type(text) is not str for text in (*part, *part.values())):
                     raise ValueError("its settings or shards are not texts")
-            config = Config(**{
-                name: typed(options[name], text) for name, text in saved["config"].items()})
+            config = Config(**{name: typed(Config.__dataclass_fields__[name], text)
+                               for name, text in saved["config"].items()})
             if texts(config) != saved["config"]:
                 raise ValueError("it is of another version, whose settings are others")
             if wanted and identity(config) != identity(wanted):
@@ -2526,7 +2547,7 @@ def read_checkpoint(path, wanted=None):
                 and 0 <= separator < vocabulary <= 65_536 and config.dtype != "auto"):
             raise ValueError("its step, seconds, vocabulary or dtype are impossible")
         return saved | progress._asdict() | {
-            "path": str(path), "config": config, "progress": progress, "vocabulary": vocabulary}
+            "path": Path(path), "config": config, "progress": progress, "vocabulary": vocabulary}
     except Exception as error:  # whatever reading and unpickling may raise
         raise UserError(
             f"cannot use {path} as a checkpoint of this train_gpt2.py: {error!r:.160}; "
@@ -2539,16 +2560,13 @@ def identity(config, shards=()):
         f"{part} shard {name}": facts for part in shards for name, facts in shards[part].items()}
 
 
-def newest(place, recipe=None):
-    """The checkpoint `place`, or the newest undamaged one in the run folder `place`: a model.pt is newer
-    than all others. With a Config: the newest of its recipe in a folder of runs, or None. Says which
-    it passed over. Raises UserError if it finds none, and met an unusable file or has no Config."""
-    folders, errors = place.glob("*") if recipe else [place], []
-    paths = [path for folder in folders for path in (*checkpoints(folder), *folder.glob("model.pt"))]
-    paths.sort(key=lambda path: (path.parent.stat().st_mtime, path), reverse=True)  # the latest written
-    for path in paths or ([] if recipe else [place]):
+def newest(paths, wanted=None):
+    """The last of these files that is a checkpoint, of `wanted`'s recipe if given, as `read_checkpoint`
+    returns it, or None. Says which it passed over. Raises UserError if all of use are damaged."""
+    errors = []
+    for path in reversed(paths):
         try:
-            if saved := read_checkpoint(path, recipe):
+            if saved := read_checkpoint(path, wanted):
                 for error in errors:
                     say(f"passed over: {error}")
                 return saved
@@ -2556,7 +2574,6 @@ def newest(place, recipe=None):
             errors.append(error)
     if errors:
         raise UserError(f"{errors[0]}; --resume none starts from the beginning")
-    say(f"no checkpoint of this recipe in {place}: starting at step 0")
     return None
 
 
@@ -2565,14 +2582,19 @@ def checkpoint_to_resume(config, data, processes):
     recipe or shards."""
     path = config.resume
     if path == "auto":
-        found = newest(Path(config.out), config) if processes.rank == 0 else None
-        path = processes.gather_values(found["path"] if found else "none")[0]
+        path = "none"
+        if processes.rank == 0:
+            if found := newest(saved_files(*Path(config.out).glob("*")), config):
+                path = found["path"]
+            else:
+                say(f"no checkpoint of this recipe in {config.out}: starting at step 0")
+        path = processes.gather_values(path)[0]
     if path == "none":
         return None
-    saved, model = read_checkpoint(path), Path(path).with_name("model.pt")
-    if model.parent.parent == Path(config.out):  # training again would overwrite it
+    saved, finished = read_checkpoint(path), Path(path).with_name("model.pt")
+    if finished.parent.parent == Path(config.out):  # training again would overwrite it
         with contextlib.suppress(UserError):  # none, or a damaged one
-            saved = read_checkpoint(model)
+            saved = read_checkpoint(finished)
     theirs, ours = identity(saved["config"], saved["shards"]), identity(config, data.fingerprints)
     for name in theirs | ours:
         if theirs.get(name) != ours.get(name):
@@ -2634,12 +2656,14 @@ def caught_signals():
     received, torchrun = [], "TORCHELASTIC_RUN_ID" in os.environ  # which answers Ctrl-C itself
 
     def note(number, _frame):
-        if received and not torchrun and number == signal.SIGINT:
-            os._exit(128 + number)
-        if not received and not torchrun:
+        if received:
+            if number == signal.SIGINT and not torchrun:
+                os._exit(128 + number)
+            return
+        received.append(number)
+        if not torchrun:
             with contextlib.suppress(OSError):  # print() must not be called within print()
                 os.write(sys.stderr.fileno(), b"\nstopping after this step; one more Ctrl-C ends at once\n")
-        received[:] = received or [number]
 
     # The last three are how clusters warn. What nohup ignores stays ignored.
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP,

@@ -58,9 +58,11 @@ def exported_weights(model: GPT, phase: Phase) -> dict[str, Tensor]:
     weights = model.state_dict()
     if phase.tied:  # one table
         del weights["embedding"]
-    for name, layers in (("x0_mix", model.entrance.x0_layers), ("bigram_mix", model.entrance.bigram_layers)):
-        parts = weights.pop(f"entrance.{name}", ())
-        weights |= {f"blocks.{i}.{name}": part.clone() for i, part in zip(layers, parts, strict=True)}
+    entrance = model.entrance
+    for name, layers in (("x0_mix", entrance.x0_layers), ("bigram_mix", [0, *entrance.bigram_layers])):
+        if f"entrance.{name}" in weights:
+            parts = weights.pop(f"entrance.{name}")
+            weights |= {f"blocks.{i}.{name}": part.clone() for i, part in zip(layers, parts, strict=True)}
     for name, weight in weights.items():  # tables of tokens are padded to a multiple of 64 rows
         by_token = name.startswith(("embedding", "head", "value_tables."))
         weights[name] = (weight[:model.vocabulary] if by_token else weight).contiguous()

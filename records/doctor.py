@@ -149,7 +149,7 @@ def float8_head(config, gpus):
                 ("run_quantised", train_gpt2.quantised), ("run_losses", train_gpt2.chunk_losses),
                 ("run_gradient", train_gpt2.chunk_gradient))})
         leaves = [part.clone().requires_grad_() for part in (hidden, head)]
-        loss, _ = train_gpt2.ChunkedLoss.apply(*leaves, targets, [torch.ones(())], model, True)
+        loss, _ = train_gpt2.ChunkedLoss.apply(*leaves, targets, [torch.ones(())], model)
         loss.backward()
         results.append((loss, *(leaf.grad for leaf in leaves)))
     loss, *gradients = map(relative_error, results[1], results[0])

@@ -24,7 +24,7 @@ from train_gpt2 import (  # noqa: E402
     block_mask,
     first_visible_key,
     preset_values,
-    row_shape,
+    row_lengths,
     training_row,
     validation_rows,
     value_at,
@@ -47,7 +47,7 @@ def packed(stream: TokenStream, config: Config) -> int:
     """Tokens of ROWS rows in training, each read where the one before ended."""
     position = 0
     for _ in range(ROWS):
-        position = training_row(stream, position, (ROW, row_shape(1, config)[1]), config)[-1]
+        position = training_row(stream, position, (ROW, row_lengths(1, config)[1]), config)[-1]
     return ROWS * ROW
 
 

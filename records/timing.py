@@ -108,7 +108,7 @@ def stretches(config: Config) -> list[Stretch]:
     found, last, borders = [], None, train_gpt2.stage_borders(config)
     for stage, (begin, end) in enumerate(itertools.pairwise(borders)):
         windows = train_gpt2.windows_at(begin, config)[:2 if config.short_layers else 1]
-        kind = (value_at(config.tokens_per_step, stage), train_gpt2.row_shape(stage, config), windows,
+        kind = (value_at(config.tokens_per_step, stage), train_gpt2.row_lengths(stage, config), windows,
                 len(train_gpt2.token_weights(begin, config)), train_gpt2.prefix_weight(begin, config) > 0)
         if begin == end:
             continue
@@ -147,7 +147,7 @@ def model_sizes(config: Config, vocabulary: int) -> Sizes:
         model = GPT(config, vocabulary, [0] * vocabulary if config.prefix_weight else None)
         groups = train_gpt2.optimizer_groups(model, Processes(0, 1, torch.device("meta")))
     tables = sum(buffer.nbytes for buffer in model.buffers())
-    injected = {*model.entrance.x0_layers, *model.entrance.bigram_layers[1:]}
+    injected = {*model.entrance.x0_layers, *model.entrance.bigram_layers}
     return Sizes(dict(model.named_parameters()), list(groups.values()), tables, len(injected))
 
 
@@ -177,7 +177,7 @@ def visited_keys(config: Config, starts: Tensor, windows: tuple[int, int]) -> in
 def step_flops(config: Config, sizes: Sizes, stretch: Stretch) -> float:
     """FLOP of the model in a step of all processes."""
     stage, windows = stretch.stages[0], train_gpt2.windows_at(stretch.begin, config)
-    row, longest = train_gpt2.row_shape(stage, config)
+    row, longest = train_gpt2.row_lengths(stage, config)
     starts = made_up_tokens(max(1, 2**18 // row) * row, longest=longest) == train_gpt2.GPT2_SEPARATOR
     keys = visited_keys(config, torch.from_numpy(starts).view(-1, row), windows) / len(starts)
     weights = sum(p.numel() for name, p in sizes.parameters.items()

@@ -266,7 +266,7 @@ def test_the_newest_run_is_the_one_that_was_written_last(copy):
     other = shutil.copytree(copy, copy.parent / "z-another-name")
     for seconds, expected in ((10, other), (-10, copy)):
         os.utime(other, (time.time() + seconds,) * 2)
-        assert train_gpt2.newest(copy.parent, config)["path"] == str(checkpoints(expected)[-1])
+        assert train_gpt2.newest(train_gpt2.saved_files(copy, other), config)["path"] == checkpoints(expected)[-1]
 
 
 def flipped_seed(path: Path) -> bytes:

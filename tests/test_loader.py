@@ -16,7 +16,7 @@ from tools import ALONE, RECIPE, configuration, made_up_prefixes, random_documen
 import train_gpt2
 from train_gpt2 import (
     PREFIXES, Batch, Config, Processes, TokenStream, UserError, holds_run, open_data, open_shard, phase_at, prefetched,
-    read_tokens, row_shape, step_batches, step_rows, tokens_until, training_row, validation_rows)
+    read_tokens, row_lengths, step_batches, step_rows, tokens_until, training_row, validation_rows)
 
 SEPARATOR = 256
 
@@ -213,7 +213,7 @@ def test_rows_of_whole_documents_are_those_of_the_slow_reference(tmp_path, seed,
     number, position = 0, 0
     for _ in range(150):  # some rounds through the stream
         row, starts, following = slow_row(documents, number, tokens, most)
-        found, found_starts, after = training_row(stream, position, row_shape(0, config), config)
+        found, found_starts, after = training_row(stream, position, row_lengths(0, config), config)
         assert found.tolist() == row and found_starts.tolist() == starts and starts[0]
         laps, inside = divmod(following - 1, len(documents))
         assert after == laps * stream.tokens + ends[inside]
@@ -228,7 +228,7 @@ def test_continued_rows_lose_nothing_and_start_documents_at_every_cut(tmp_path, 
     opens = starts_of(documents_of(text))
     config = Config(long_documents="continue", document_tokens=(most,), row_tokens=(tokens,))
     for position in range(0, 2 * stream.tokens, tokens):
-        row, starts, after = training_row(stream, position, row_shape(0, config), config)
+        row, starts, after = training_row(stream, position, row_lengths(0, config), config)
         assert after == position + tokens
         assert row.tolist() == [text[at % len(text)] for at in range(position, after + 1)]
         begin = position  # of the document, or of what is left of one
@@ -400,8 +400,8 @@ def test_a_stream_without_a_whole_row_of_any_stage_cannot_be_shuffled(tmp_path):
     write_shards(tmp_path, [random_documents(1500, length=300)])
     write_shard(tmp_path / "text_val_0.bin", random_documents(2000), 257, SEPARATOR)
     config = recipe(tmp_path, shuffle=True, repeat=True, document_tokens=60)
-    shape = row_shape(2, config)
-    assert training_row(TokenStream(config.train_files), 0, row_shape(0, config), config)[-1] <= 1500
+    shape = row_lengths(2, config)
+    assert training_row(TokenStream(config.train_files), 0, row_lengths(0, config), config)[-1] <= 1500
     with pytest.raises(UserError, match=f"no whole row of {shape[0]}"):
         open_data(config)
 

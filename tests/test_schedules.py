@@ -10,7 +10,7 @@ from test_techniques import ONE_BY_ONE
 
 from train_gpt2 import (
     TECHNIQUES, Config, last_tied_step, learning_rate_factor, momentum_at, phase_at, prefix_weight, preset_values,
-    row_shape, stage_borders, stage_of, token_weights, tokens_until, windows_at)
+    row_lengths, stage_borders, stage_of, token_weights, tokens_until, windows_at)
 
 GPT2, FIVE_MINUTE = (Config(**preset_values(name)) for name in ("gpt2", "five-minute"))
 
@@ -36,7 +36,7 @@ def reference(step: int, c: Config) -> list:
     fall = math.ceil(c.cooldown * end - 1e-6)
     left = min(Fraction(1), Fraction(max(0, end - step), max(1, fall))) if c.cooldown else 1
     rise, drop = (max(1, round(share * c.steps)) for share in (c.momentum_warmup, c.momentum_cooldown))
-    high = min(Fraction(1), Fraction(step, rise), Fraction(c.steps - step, drop) if c.momentum_cooldown else 1)
+    high = min(Fraction(1), Fraction(step, rise), Fraction(c.steps - step, drop))
     ahead = 1 - Fraction(step - borders[stage], borders[stage + 1] - borders[stage])  # of the stage
     weights = [Fraction(1, 2**k) for k in range(max(1, c.predicted_tokens - stage))]
     if len(weights) > 1 and stage < 3:
@@ -83,12 +83,12 @@ def test_the_values_of_record_88():
         assert windows_at(step, GPT2) == (128 * long, 128 * short)
     for step, size, longest in ((0, 1, 896), (454, 1, 896), (455, 2, 2048), (910, 3, 2048), (1374, 3, 2048)):
         assert tokens_until(step + 1, GPT2) - tokens_until(step, GPT2) == 131_072 * size
-        assert row_shape(stage_of(step, GPT2), GPT2) == (16_384 * size, longest)
+        assert row_lengths(stage_of(step, GPT2), GPT2) == (16_384 * size, longest)
     for step, prefix, *weights in ((0, 0.25, 1, 0.5, 0.25), (91, 0.25, 1, 0.5, 0.2), (455, 0.25, 1, 0.5),
                                    (819, 0.05, 1, 0.1), (910, 0, 1), (1374, 0, 1)):
         assert token_weights(step, GPT2) == pytest.approx(tuple(weights))
         assert prefix_weight(step, GPT2) == pytest.approx(prefix)
-    assert tokens_until(1375, GPT2) == 361_758_720 and row_shape(0, FIVE_MINUTE) == (65_536, 65_537)
+    assert tokens_until(1375, GPT2) == 361_758_720 and row_lengths(0, FIVE_MINUTE) == (65_536, 65_537)
     assert [last_tied_step(replace(GPT2, adam_every=every)) for every in (1, 2, 3, 4)] == [910, 911, 911, 911]
     assert [last_tied_step(replace(GPT2, tied_until=share)) for share in (0.0, 0.99)] == [-1, 1353]
 
