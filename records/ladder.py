@@ -274,13 +274,16 @@ def mean_and_spread(values: dict[int, float], digits: int) -> str:
 
 def table(rows: list[Row]) -> str:
     """Markdown. Bold: two standard errors and more."""
-    lines = ["| rung | what | records | loss | to the rung before | `gpt2` without it | seconds |",
-             "|---|---|---|--:|--:|--:|--:|"]
-    for row in rows:
-        cells = (*row.rung[:3], mean_and_spread(row.losses, 4), row.gain.text(), row.omission.text(),
-                 mean_and_spread(row.seconds, 1))
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    lines = [["rung", "what", "records", "loss", "to the rung before", "seconds", "`gpt2` without it"],
+             3 * ["---"] + 4 * ["--:"]]
+    lines += [[*row.rung[:3], mean_and_spread(row.losses, 4), row.gain.text(), mean_and_spread(row.seconds, 1),
+               row.omission.text()] for row in rows]
+    width = 7 if some_left_out(rows) else 6
+    return "\n".join(f"| {' | '.join(line[:width])} |" for line in lines)
+
+
+def some_left_out(rows: list[Row]) -> bool:
+    return any(math.isfinite(row.omission.mean) for row in rows)
 
 
 GREEN, RED, GREY, INK = "#3a8f4d", "#c8553d", "#b4b4b4", "#222222"
@@ -302,18 +305,20 @@ def draw(path: Path, rows: list[Row], title: str) -> None:
     lines, bars = range(len(rows)), {"height": 0.66, "ecolor": INK, "capsize": 2.5, "error_kw": {"linewidth": 1}}
     losses, seconds = ([statistics.fmean(part.values()) for part in column]
                        for column in zip(*((row.losses, row.seconds) for row in rows), strict=True))
-    figure, panels = plt.subplots(1, 3, figsize=(11.4, 2.2 + 0.29 * len(rows)), sharey=True, facecolor="white",
-                                  layout="constrained")
+    number = 3 if some_left_out(rows) else 2
+    figure, panels = plt.subplots(1, number, figsize=(3.8 * number, 2.2 + 0.29 * len(rows)), sharey=True,
+                                  facecolor="white", layout="constrained")
     panels[0].errorbar(losses, lines, xerr=[spread(row.losses) for row in rows], color=GREY, ecolor=INK, capsize=2.5)
     panels[0].scatter(losses, lines, color=[colour(row.gain, -1) for row in rows], edgecolor=INK, s=34, zorder=3)
     panels[1].barh(lines, seconds, xerr=[spread(row.seconds) for row in rows], color="#7d9cc0", **bars)
-    panels[2].barh(lines, [row.omission.mean for row in rows], color=[colour(row.omission, 1) for row in rows],
+    for panel in panels[2:]:
+        panel.barh(lines, [row.omission.mean for row in rows], color=[colour(row.omission, 1) for row in rows],
                    xerr=[0.0 if math.isnan(row.omission.error) else row.omission.error for row in rows], **bars)
-    panels[2].axvline(0, color=INK, linewidth=0.8)
+        panel.axvline(0, color=INK, linewidth=0.8)
     for panel, (name, label) in zip(panels, (
             ("loss with all rungs so far", "validation loss, nats per token\n(bars: spread over seeds)"),
             ("time with all rungs so far", "seconds of training\n(bars: spread over seeds)"),
-            ("gpt2 without this one", "change of its loss, nats\n(bars: standard error)")), strict=True):
+            ("gpt2 without this one", "change of its loss, nats\n(bars: standard error)")), strict=False):
         panel.set_title(name, color=INK, fontsize=11)
         panel.set_xlabel(label, color=INK)
         panel.grid(axis="x", color="#dddddd", linewidth=0.7)

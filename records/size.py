@@ -12,7 +12,6 @@ import io
 import re
 import signal
 import subprocess
-import sys
 import tokenize
 from pathlib import Path
 
