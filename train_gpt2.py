@@ -1081,7 +1081,8 @@ class Block(nn.Module):
         if self.output is not None:  # attend() puts output[0] on its output matrix
             residual, = by_token(self.residual[0], x)
         elif self.residual is not None:  # mixed once, before attention
-            x, injected = mixed(x, injected, by_token(self.residual, x)[0], None), None
+            weight, = by_token(self.residual, x)
+            x, injected = mixed(x, injected, weight, None), None
         normed = rms_norm(x if source is None else source, self.epsilon)
         added = self.added_to_values(normed, value_embedding)
         if self.mudd is not None:
@@ -1129,7 +1130,8 @@ class Block(nn.Module):
         up, down = self.mlp.to(x.dtype).unbind(0)
         residual, output = weights
         if self.output is not None:
-            (residual,), down = by_token(self.residual[-1], x), self.output[-1] * down
+            residual, = by_token(self.residual[-1], x)
+            down = self.output[-1] * down
         hidden = F.linear(rms_norm(x, self.epsilon), up).relu().square()  # ReLU^2 (Primer)
         return mixed(x, hidden @ down, residual, output)
 
@@ -1267,7 +1269,7 @@ class GPT(nn.Module):
         self.bigram_table = parameter(
             config.bigram * padded, channels, dtype=self.dtype, used=config.bigram)
         signs = 2 * torch.randint(2, (config.bigram_signs, channels), generator=draw) - 1
-        self.register_buffer("signs", signs.to(self.dtype) if config.bigram_signs * config.bigram else None)
+        self.register_buffer("signs", signs.to(self.dtype) if config.bigram_signs and config.bigram else None)
         self.entrance = Entrance(config, self.dtype)
         self.exit = Exit(config, self.dtype, draw)
         frequencies, scales = zip(*(yarn(stage, config) for stage in range(STAGES + 1)), strict=True)
@@ -1769,7 +1771,9 @@ def optimizer_groups(model, processes):
     for name, kinds in plan.items():
         found = [(p, settings) for kind, settings in kinds.items() for p in members.pop(kind, ())]
         if found:
-            optimizer, axes = (Muon, 2) if name in early | late else (Adam, int(name in single))
+            optimizer, axes = Adam, 0
+            if name in single:
+                optimizer, axes = (Muon, 2) if name in early | late else (Adam, 1)
             groups[name] = optimizer(name, axes, *zip(*found, strict=True), model, processes)
     assert not members, f"parameters without a group: {[*members]}"
     if processes.world > 1:
@@ -1972,7 +1976,7 @@ def training_loop(model, groups, data, processes, log, progress, received):
                 if validating:
                     loss = validate(model, data.val, data.val_tokens, step, processes)
                     if not math.isfinite(loss):
-                        raise UserError(f"the validation loss after step {step} is {loss}{log.resume_hint()}")
+                        raise UserError(f"the validation loss after step {step} is {loss}")
                     log.record(step, clock.seconds, "val_loss", loss, peak_memory_mib=peak_memory(processes))
                     progress = progress._replace(val_loss=loss)
                 if saving:
@@ -2329,7 +2333,7 @@ def say(text):
 
 class RunLog(contextlib.AbstractContextManager):
     """A run's folder, log and progress bar. On processes other than 0 it does nothing. As a context
-    manager, it logs what ended the run."""
+    manager, it logs what ended the run, and adds to a UserError how to resume."""
 
     def __init__(self, config, processes, saved):
         """saved: the checkpoint that the run goes on from. Raises UserError."""
@@ -2357,10 +2361,11 @@ class RunLog(contextlib.AbstractContextManager):
         if self.folder:
             self.bar.close()
             if error and type(error) is not SystemExit:  # the loop logs a signal itself
-                text, hint = one_line(error) or repr(error), self.resume_hint()
-                self.line(f"ended: {text.removesuffix(hint)}{hint}", show=hint not in text)
+                self.line(f"ended: {one_line(error) or repr(error)}{self.resume_hint()}", show=False)
             with contextlib.suppress(OSError), self.metrics, self.text:
                 pass  # closed, also on a full disk
+            if line := error and one_line(error):
+                raise UserError(line + self.resume_hint())
 
     def resume_hint(self):
         """How to resume, to end a line on why a run ended."""
@@ -2711,11 +2716,13 @@ class Reports:
         (step, positions, reports, arrived), self.unread = self.unread, ()
         if arrived:
             arrived.synchronize()
-        for _, rank in (~reports.T.isfinite()).nonzero().tolist():  # losses, then weights
+        bad = (~reports.T.isfinite()).nonzero().tolist()  # losses, then weights
+        if bad:
+            _, rank = bad[0]
             shard, token = self.stream.locate(self.processes.gather_values(positions)[rank][0])
             raise UserError(
                 f"the loss of step {step + 1}, or a weight after it, is not finite in process "
-                f"{rank}, whose rows begin in {shard.path} at token {token}{self.log.resume_hint()}")
+                f"{rank}, whose rows begin in {shard.path} at token {token}")
         loss, _, number = reports.T
         self.log.record(step + 1, self.clock.now(), "train_loss", loss.sum().item())
         self.signal = int(number.max())
