@@ -97,7 +97,7 @@ class Kind(NamedTuple):
 
     of: type
     low: float = 0
-    high: float = 1e18
+    high: float = 1e12
     lengths: range | None = None
     choices: dict = {}  # text -> value
 
@@ -531,6 +531,7 @@ class TokenStream:
             small = "; a small model trains on a CPU: ./run.sh --preset tiny" * ("fineweb" in pattern)
             raise UserError(f"no shard matches {pattern}; make some: {shard_command(pattern)}{small}")
         self.shards = [open_shard(path) for path in paths]
+        self.real_paths = {os.path.realpath(path) for path in paths}
         kinds = {(shard.vocabulary, shard.separator): shard.path for shard in self.shards}
         if len(kinds) > 1:
             raise UserError(f"shards have different (vocabulary, separator): {kinds}; encode all alike")
@@ -616,7 +617,8 @@ def training_row(stream, position, lengths, config):
         starts |= places_in_documents(starts) % longest == 0
         return tokens, starts, position + tokens_of_row
     span = count + count // 2
-    while True:  # until what was read holds a row and the start of the document after it
+    # Until what is read holds a row and the start of the next document; of a large stream, at most twice.
+    while span <= max(4 * stream.tokens, 2**22):
         tokens, starts = stream.read(position, span)
         place = places_in_documents(starts)
         chosen = np.flatnonzero(place < longest)[:count]
@@ -625,6 +627,8 @@ def training_row(stream, position, lengths, config):
             following = position + int(chosen[-1] + 1 + next_starts[0])
             return tokens[chosen], place[chosen] == 0, following
         span *= 2
+    raise UserError(f"{stream.pattern} has too few documents for a row of {tokens_of_row} tokens: they are "
+                    f"cut after {longest}; give --long-documents continue, or make shards of more text")
 
 
 def shuffled_rows(stream, config, lengths, epoch):
@@ -1926,6 +1930,8 @@ def open_data(config):
     if train.kind != val.kind:
         raise UserError("training and validation shards have (vocabulary, separator) "
                         f"{train.kind} and {val.kind}; encode alike")
+    for path in train.real_paths & val.real_paths:
+        raise UserError(f"{path} is among --train-files and among --val-files; give different shards")
     for stream, least in ((train, max(config.row_tokens) + 1), (val, 2)):
         if stream.tokens < least:
             raise UserError(f"{stream.pattern} has {stream.tokens} tokens, expected {least} or more; make "
@@ -2117,7 +2123,7 @@ def make_parser():
     techniques = [f"  {name:18} {note}" for name, note in comments(quote='"').items()]
     parser = Parser(
         usage="python train_gpt2.py [--preset NAME] [--SETTING VALUE] ...",
-        description=__doc__.split("\n\nPart I")[0] + "\n\nIn parentheses: the values of gpt2.",
+        description=(__doc__ or "").split("\n\nPart I")[0] + "\n\nIn parentheses: the values of gpt2.",
         epilog="\n".join(["techniques:", *techniques]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS, allow_abbrev=False)
@@ -2203,9 +2209,8 @@ def check_config(config):
         ("rotary_share", turning and channels % turning, "of channels that divide a head's"),
         ("softcap", config.softcap[0] < 0 or config.softcap[0] and config.softcap[1] <= 0,
          "of h from 0 and r above 0"),
-        ("val_files", config.val_files == config.train_files,
-         "other shards than --train-files; data/text.py makes both"),
-        ("out", config.out != config.out.encode(errors="ignore").decode(), "a name in UTF-8")]
+        ("out", not config.out or config.out != config.out.encode(errors="ignore").decode(),
+         "a folder's name, in UTF-8")]
     for option in fields(config):
         if option.type is Layers:
             wrong = max(getattr(config, option.name), default=0) >= config.layers
@@ -2463,7 +2468,8 @@ def save(path, saved):
 def check_disk(config, groups, processes):
     """Raises UserError if --out has no room for the checkpoints and the model."""
     size = 12 * sum(group.weights.numel() for group in groups.values())  # bytes, about
-    needed = size * (config.keep + 1 if config.save_every else 1)
+    saves = min(config.keep, config.steps // config.save_every) if config.save_every else 0
+    needed = size * (saves + 1)
     if processes.rank == 0 and shutil.disk_usage(config.out).free < needed:
         raise UserError(
             f"{config.out} has no room for {needed / 2**30:.1f} GiB of checkpoints; "
@@ -2505,7 +2511,8 @@ def save_checkpoint(log, model, groups, data, processes, progress):
             log, f"checkpoint_{progress.step:07}.pt", contents(model, data, progress) | {"state": state})
         others = [path for path in checkpoints(log.checkpoint.parent) if path != log.checkpoint]
         for older in others[::-1][model.config.keep - 1:]:
-            older.unlink()
+            with contextlib.suppress(OSError):
+                older.unlink()
     processes.barrier()
 
 
@@ -2535,7 +2542,7 @@ def read_checkpoint(path, wanted=None):
                 if part.endswith("data.pkl"):
                     archive.read(part)
             saved = torch.load(path, weights_only=True, mmap=True)
-            for part in (saved["config"], *saved["shards"].values()):
+            for part in (saved["config"], *dict(saved["shards"]).values()):
                 if any(type(text) is not str for text in (*part, *part.values())):
                     raise ValueError("its settings or shards are not texts")
             config = Config(**{name: typed(Config.__dataclass_fields__[name], text)

@@ -94,7 +94,6 @@ def test_validation_shards_stand_beside_training_shards(tmp_path):
     assert parse_command_line(["--val-files", config.val_files]).train_files == config.train_files
     both = parse_command_line(["--val-files", "b_val.bin", "--train-files", "a_train.bin"])
     assert (both.train_files, both.val_files) == ("a_train.bin", "b_val.bin")
-    assert "--val-files" in refusal("--train-files", f"{tmp_path}/mine_*.bin")
     with pytest.raises(UserError, match="quotes"):
         train_gpt2.TokenStream(str(tmp_path))
 

@@ -11,7 +11,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from tools import ALONE, RECIPE, configuration, made_up_prefixes, random_documents, small_model, write_shard
+from tools import (
+    ALONE, RECIPE, configuration, made_up_prefixes, random_documents, small_model, write_corpus, write_shard)
 
 import train_gpt2
 from train_gpt2 import (
@@ -219,6 +220,29 @@ def test_rows_of_whole_documents_are_those_of_the_slow_reference(tmp_path, seed,
         assert after == laps * stream.tokens + ends[inside]
         number, position = following, after
     assert number > len(documents)
+
+
+def test_one_long_document_makes_no_rows(tmp_path):
+    """Of 6 MB of text in one piece, 60 tokens are used: that is said at once, not after reading it many times."""
+    write_shard(tmp_path / "text_val_0.bin", random_documents(2000), 257, SEPARATOR)
+    write_shards(tmp_path, [np.append(SEPARATOR, np.ones(6_000_000)).astype(np.uint16)])
+    begin = time.perf_counter()
+    for changes in ({}, {"repeat": True, "shuffle": True}):
+        with pytest.raises(UserError, match="documents.*--long-documents continue"):
+            open_data(recipe(tmp_path, **changes))
+    assert time.perf_counter() - begin < 5
+    open_data(recipe(tmp_path, long_documents="continue"))
+
+
+def test_no_shard_is_for_training_and_validation(tmp_path):
+    folder = write_corpus(tmp_path / "corpus")
+    (tmp_path / "again").symlink_to(folder)
+    good = recipe(folder, repeat=True)
+    open_data(good)
+    for train, val in (("corpus/text_*.bin", "corpus/text_val_*.bin"), ("corpus/text_train_*.bin", "again/*1.bin"),
+                       ("corpus/text_train_*.bin", "corpus/text_train_*.bin")):
+        with pytest.raises(UserError, match="among --train-files and among --val-files"):
+            open_data(replace(good, train_files=str(tmp_path / train), val_files=str(tmp_path / val)))
 
 
 @pytest.mark.parametrize("tokens, most", [(8, 5), (20, 7), (64, 0), (64, 1), (50, 1000)])
