@@ -77,14 +77,13 @@ def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     folder = options.out or DEFAULT_FOLDER
     inputs = sorted(map(os.path.realpath, options.paths)) or ["Python's own sources"]
-    if options.paths and not options.out:
-        check_replaceable(folder, inputs)
-    encoding = encoding_named(options.encoding)
-    if encoding.vocabulary > LARGEST_VOCABULARY:
-        raise UserError(f"--encoding {options.encoding} has {encoding.vocabulary} tokens with its separator, expected "
-                        f"at most {LARGEST_VOCABULARY}, as shards hold 16-bit tokens")
     is_new = not os.path.exists(folder)
     try:
+        check_replaceable(folder, inputs if options.paths and not options.out else None)
+        encoding = encoding_named(options.encoding)
+        if encoding.vocabulary > LARGEST_VOCABULARY:
+            raise UserError(f"--encoding {options.encoding} has {encoding.vocabulary} tokens with its separator, "
+                            f"expected at most {LARGEST_VOCABULARY}, as shards hold 16-bit tokens")
         files = list_files(options.paths)
         folder.mkdir(parents=True, exist_ok=True)
         # In the output folder because there is room, and before a long reading to see that it can be written to.
@@ -143,9 +142,14 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return options
 
 
-def check_replaceable(folder: Path, inputs: list[str]) -> None:
-    """Raises UserError if `folder` holds shards that were made from anything but `inputs`."""
-    if any(folder.glob("text_*.bin")):
+def check_replaceable(folder: Path, inputs: list[str] | None) -> None:
+    """Raises UserError if `folder` holds shards that were made from anything but `inputs`, unless these are None, or
+    folders and the like in the place of files."""
+    names = ("text_*.bin", ".text_*.partial", f"{INPUTS}*", f".{INPUTS}*", f"{PREFIXES}*", f".{PREFIXES}*")
+    for path in itertools.chain.from_iterable(map(folder.glob, names)):
+        if not path.is_file():
+            raise UserError(f"{shown(path)} is not a regular file; remove it, or name another folder: --out FOLDER")
+    if inputs and any(folder.glob("text_*.bin")):
         try:
             made_from = json.loads((folder / INPUTS).read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError):

@@ -53,6 +53,13 @@ class Point(NamedTuple):
     loss: float
 
 
+def whole(text: str) -> int:
+    """Raises ValueError for a number beyond all runs, with which nothing can be computed."""
+    if abs(int(text)) > 1e15:
+        raise ValueError(text)
+    return int(text)
+
+
 def parse(text: str, path: Path) -> tuple[dict[str, dict], dict]:
     """(kind -> step -> value, settings) of a log.txt or metrics.jsonl. Kinds: train, val, step, resumed."""
     records, config, garbled = [], {}, 0
@@ -63,17 +70,17 @@ def parse(text: str, path: Path) -> tuple[dict[str, dict], dict]:
         try:
             if found := STEP.match(line):
                 step, planned, kind, loss, time, unit, average = found.groups()
-                step, seconds = int(step), float(time) / (1000 if unit == "ms" else 1)
-                records.append(("step", step, (int(planned), seconds, float(average))))
+                step, seconds = whole(step), float(time) / (1000 if unit == "ms" else 1)
+                records.append(("step", step, (whole(planned), seconds, float(average))))
                 if kind:
                     records.append((kind, step, Point(step, None, seconds, float(loss))))
             elif found := re.match(r"resumed after step (\d+) ", line):
-                records.append(("resumed", int(found[1]), None))
+                records.append(("resumed", whole(found[1]), None))
             elif path.suffix == ".jsonl" and line:
                 record = json.loads(line)
-                step, kind = int(record["step"]), "val" if "val_loss" in record else "train"
+                step, kind = whole(record["step"]), "val" if "val_loss" in record else "train"
                 seconds, loss = float(record["train_time_s"]), float(record[f"{kind}_loss"])
-                records.append((kind, step, Point(step, int(record["tokens"]), seconds, loss)))
+                records.append((kind, step, Point(step, whole(record["tokens"]), seconds, loss)))
             elif line.startswith("{"):
                 config |= {name: str(value) if isinstance(value, (list, dict)) and name in ("seed", "preset") else value
                            for name, value in json.loads(line).items()}
@@ -525,8 +532,11 @@ def plot(options: argparse.Namespace) -> int:
     figure.legend(*panels["time"].get_legend_handles_labels(), loc="outside upper center", frameon=False, ncols=3)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     partial = options.out.with_suffix(".partial.png")  # a picture that is there stays until the new one is whole
-    figure.savefig(partial, dpi=110)
-    os.replace(partial, options.out)
+    try:
+        figure.savefig(partial, dpi=110)
+        os.replace(partial, options.out)
+    finally:
+        partial.unlink(missing_ok=True)
     print(f"wrote {options.out}: {len(whole)} runs, {'with' if public else 'without'} reference curves")
     return 0
 

@@ -535,6 +535,29 @@ def test_refuses_in_one_line_and_writes_nothing(tmp_path, monkeypatch, files, ar
     assert sorted(os.listdir()) == before
 
 
+@pytest.mark.parametrize("name", ["text_train_000001.bin", ".text_val_000000.bin.partial", "text_inputs.json",
+                                  ".text_inputs.json.partial", "prefixes.bin"])
+def test_what_stands_in_the_place_of_a_file_is_refused_before_anything_is_read(corpus, tmp_path, name):
+    """A pipe would wait for ever, a folder would be met when half of the files are new."""
+    for make_it in (os.mkfifo, os.mkdir):
+        folder = tmp_path / make_it.__name__
+        make(corpus, "--out", folder)
+        (folder / name).unlink(missing_ok=True)
+        make_it(folder / name)
+        before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+        assert name in refused(text_script.main, corpus, "--out", folder)
+        assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+
+
+def test_ctrl_c_while_a_tokenizer_is_fetched_ends_in_one_line(corpus, tmp_path, monkeypatch):
+    def fetched(name):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tiktoken, "get_encoding", fetched)
+    assert "stopped" in refused(text_script.main, corpus, "--encoding", "gpt2", "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_memory_does_not_grow_with_the_corpus(tmp_path):
     (tmp_path / "large.jsonl").write_text('{"text": "%s"}\n' % ("x" * 4000) * 4000)
     tracemalloc.start()
