@@ -403,8 +403,8 @@ def prefix_weight(step, config):
 
 
 def last_tied_step(config):
-    """The last step with embedding and head tied (#53): the first from the end of their share on in
-    which Adam updates. -1: never tied."""
+    """The last step with embedding and head tied (#53): the first one, from `tied_until` on, in which
+    Adam updates. -1: never tied."""
     if not config.tied_until:
         return -1
     last = math.ceil(round(config.tied_until * stage_borders(config)[STAGES], 6))
@@ -531,7 +531,6 @@ class TokenStream:
             small = "; a small model trains on a CPU: ./run.sh --preset tiny" * ("fineweb" in pattern)
             raise UserError(f"no shard matches {pattern}; make some: {shard_command(pattern)}{small}")
         self.shards = [open_shard(path) for path in paths]
-        self.real_paths = {os.path.realpath(path) for path in paths}
         kinds = {(shard.vocabulary, shard.separator): shard.path for shard in self.shards}
         if len(kinds) > 1:
             raise UserError(f"shards have different (vocabulary, separator): {kinds}; encode all alike")
@@ -617,8 +616,9 @@ def training_row(stream, position, lengths, config):
         starts |= places_in_documents(starts) % longest == 0
         return tokens, starts, position + tokens_of_row
     span = count + count // 2
-    # Until what is read holds a row and the start of the next document; of a large stream, at most twice.
-    while span <= max(4 * stream.tokens, 2**22):
+    # Until what is read holds a row and the start of the next document. Of a large stream, two rounds
+    # at most.
+    while span <= max(2 * stream.tokens, 2**22):
         tokens, starts = stream.read(position, span)
         place = places_in_documents(starts)
         chosen = np.flatnonzero(place < longest)[:count]
@@ -1930,8 +1930,10 @@ def open_data(config):
     if train.kind != val.kind:
         raise UserError("training and validation shards have (vocabulary, separator) "
                         f"{train.kind} and {val.kind}; encode alike")
-    for path in train.real_paths & val.real_paths:
-        raise UserError(f"{path} is among --train-files and among --val-files; give different shards")
+    paths, others = ({os.path.realpath(shard.path) for shard in stream.shards} for stream in (train, val))
+    if paths & others:
+        raise UserError(f"{min(paths & others)} is among --train-files and among --val-files; give different "
+                        "shards")
     for stream, least in ((train, max(config.row_tokens) + 1), (val, 2)):
         if stream.tokens < least:
             raise UserError(f"{stream.pattern} has {stream.tokens} tokens, expected {least} or more; make "
@@ -2574,7 +2576,8 @@ def identity(config, shards=()):
 
 def newest(paths, wanted=None):
     """The last of these files that is a checkpoint, of `wanted`'s recipe if given, as `read_checkpoint`
-    returns it, or None. Says which it passed over. Raises UserError if all of use are damaged."""
+    returns it, or None. Says which it passed over. Raises UserError if it finds none, but met files
+    that cannot be read."""
     errors = []
     for path in reversed(paths):
         try:
