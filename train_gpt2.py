@@ -608,27 +608,29 @@ def training_row(stream, position, lengths, config):
     """The row that begins at `position`: (T + 1,) uint16, inputs and the last target; (T + 1,)
     bool, where documents start; and the next row's position. lengths: T, and the longest document.
     Every row begins with a document (#29). Documents are cut at the longest length and at the
-    row's end; the rest is dropped, or begins a document of its own."""
+    row's end; the rest is dropped, or begins a document of its own. A row that passes the stream's
+    end may be short, unless data repeats."""
     tokens_of_row, longest = lengths
     count = tokens_of_row + 1
     if config.long_documents == "continue":  # the last target is the next row's first input
         tokens, starts = stream.read(position, count)
         starts |= places_in_documents(starts) % longest == 0
         return tokens, starts, position + tokens_of_row
-    span = count + count // 2
-    # Until what is read holds a row and the start of the next document. Of a large stream, two rounds
-    # at most.
-    while span <= max(2 * stream.tokens, 2**22):
+    row, begins = np.empty(0, np.uint16), np.empty(0, bool)
+    end = math.inf if config.repeat else stream.tokens
+    span, read = count + count // 2, 0  # read: tokens of the last document
+    while position <= end:  # until the row is full and the next document is found
         tokens, starts = stream.read(position, span)
         place = places_in_documents(starts)
-        chosen = np.flatnonzero(place < longest)[:count]
-        next_starts = np.flatnonzero(starts[chosen[-1] + 1:])
-        if len(chosen) == count and len(next_starts):
-            following = position + int(chosen[-1] + 1 + next_starts[0])
-            return tokens[chosen], place[chosen] == 0, following
-        span *= 2
-    raise UserError(f"{stream.pattern} has too few documents for a row of {tokens_of_row} tokens: they are "
-                    f"cut after {longest}; give --long-documents continue, or make shards of more text")
+        place[:starts.argmax() if starts.any() else None] += read
+        chosen = np.flatnonzero(place < longest)[:count - len(row)]
+        row, begins = np.append(row, tokens[chosen]), np.append(begins, place[chosen] == 0)
+        after = int(chosen[-1]) + 1 if len(chosen) else 0
+        if len(row) == count and starts[after:].any():
+            return row, begins, position + after + int(starts[after:].argmax())
+        position += len(tokens)
+        span, read = min(2 * span, 2**20), int(place[-1]) + 1
+    return row, begins, position
 
 
 def shuffled_rows(stream, config, lengths, epoch):
@@ -1930,10 +1932,6 @@ def open_data(config):
     if train.kind != val.kind:
         raise UserError("training and validation shards have (vocabulary, separator) "
                         f"{train.kind} and {val.kind}; encode alike")
-    paths, others = ({os.path.realpath(shard.path) for shard in stream.shards} for stream in (train, val))
-    if paths & others:
-        raise UserError(f"{min(paths & others)} is among --train-files and among --val-files; give different "
-                        "shards")
     for stream, least in ((train, max(config.row_tokens) + 1), (val, 2)):
         if stream.tokens < least:
             raise UserError(f"{stream.pattern} has {stream.tokens} tokens, expected {least} or more; make "
@@ -1952,6 +1950,10 @@ def open_data(config):
                             f"shuffle; make more ({shard_command(train.pattern)}), or give a shorter "
                             "--row-tokens, or --shuffle false")
     found = {"train": train.fingerprints(), "val": val.fingerprints()}
+    for name, facts in found["val"].items():
+        if facts in found["train"].values():
+            raise UserError(f"{name} of --val-files is among --train-files, too, or a copy of it is; "
+                            "give other shards for one of them")
     prefixes = None
     if config.prefix_weight:
         prefixes = read_prefixes(train)
@@ -2005,7 +2007,7 @@ def train(config, processes):
     signal a checkpoint, and raises SystemExit. Raises UserError."""
     config, float8, compiled = for_device(config, processes)
     data = open_data(config)
-    processes.check_agreement(texts(config) | data.fingerprints | {
+    processes.check_agreement(texts(config) | identity(config, data.fingerprints) | {
         "script": script_text(), "torch": torch.__version__, "float8": float8})
     saved = checkpoint_to_resume(config, data, processes)
     if saved and "state" not in saved:  # so that a job restarting until done can end
@@ -2180,6 +2182,8 @@ def base_values(given):
     preset, resume = given.get("preset", "gpt2"), given.get("resume", "none")
     if resume not in ("none", "auto"):
         place = Path(os.path.expanduser(resume))
+        if place.is_dir() and not saved_files(place):
+            raise UserError(f"{place} holds no checkpoint and no model.pt; give the folder of a run that has")
         saved = newest(saved_files(place) or [place])
         given["resume"] = str(saved["path"])
         return vars(saved["config"]) | {"out": str(saved["path"].parent.parent)}
@@ -2256,11 +2260,11 @@ class Processes(NamedTuple):
     def check_agreement(self, facts):
         """Raises UserError, on every process, if a fact differs between two of them."""
         for rank, other in enumerate(self.gather_values(facts)):
-            for name in facts:
-                if other[name] != facts[name]:
+            for name in facts | other:
+                if other.get(name) != facts.get(name):
                     raise UserError(
                         f"process {rank} has another {name} than process {self.rank}: "
-                        f"{other[name]!s:.80}, not {facts[name]!s:.80}; start all with the same files, "
+                        f"{other.get(name)!s:.80}, not {facts.get(name)!s:.80}; start all with the same files, "
                         "software and options")
 
 
@@ -2474,7 +2478,7 @@ def check_disk(config, groups, processes):
     needed = size * (saves + 1)
     if processes.rank == 0 and shutil.disk_usage(config.out).free < needed:
         raise UserError(
-            f"{config.out} has no room for {needed / 2**30:.1f} GiB of checkpoints; "
+            f"{config.out} has no room for {needed / 2**20:,.0f} MiB of checkpoints; "
             "make room, or give another --out")
 
 
@@ -2525,8 +2529,9 @@ def checkpoints(folder):
 
 def saved_files(*folders):
     """Checkpoints and models of these runs: of the latest run last, and of a run its latest step."""
-    files = [file for folder in folders for file in (*checkpoints(folder), *folder.glob("model.pt"))]
-    return sorted(files, key=lambda file: (file.parent.stat().st_mtime, file))
+    files = {folder: [*checkpoints(folder), *folder.glob("model.pt")] for folder in folders}
+    runs = [(max(file.stat().st_mtime for file in run), run) for run in files.values() if run]
+    return [file for _, run in sorted(runs) for file in run]
 
 
 def read_checkpoint(path, wanted=None):

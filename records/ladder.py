@@ -131,9 +131,9 @@ class Run(NamedTuple):
     name: str
     config: Config  # with its seed
 
-    def key(self, streams: tuple[int, int]) -> str:
-        """What makes a stored result this run's: its configuration, the size of the data, the script."""
-        settings = {**asdict(self.config), "out": None, "streams": streams}
+    def key(self, data: dict) -> str:
+        """What makes a stored result this run's: its configuration, the data, the script."""
+        settings = {**asdict(self.config), "out": None, "data": data}
         script = Path(train_gpt2.__file__).read_bytes()
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode() + script).hexdigest()[:16]
 
@@ -191,11 +191,11 @@ def stored_results(path: Path) -> dict[str, dict]:
     return found
 
 
-def collect(runs: list[Run], streams: tuple[int, int], options: argparse.Namespace, threads: int,
+def collect(runs: list[Run], data: dict, options: argparse.Namespace, threads: int,
             machine: str) -> dict[tuple[str, int], dict]:
     """The result of each run by (name, seed), stored or computed now. Raises UserError when runs keep failing."""
     path, failed = options.out / "runs.jsonl", 0
-    stored, keys = stored_results(path), {run: run.key(streams) for run in runs}
+    stored, keys = stored_results(path), {run: run.key(data) for run in runs}
     missing = {keys[run]: run for run in reversed(runs) if keys[run] not in stored}  # equal ones once
     print(f"{len(set(keys.values()))} runs, {len(set(keys.values()) & set(stored))} of them in {path} already",
           flush=True)
@@ -406,7 +406,7 @@ def main(arguments: list[str] | None = None) -> None:
     machine = machine_of(end, threads, options.jobs)
     try:
         options.out.mkdir(parents=True, exist_ok=True)
-        results = collect(runs, (data.train.tokens, data.val.tokens), options, threads, machine)
+        results = collect(runs, data.fingerprints, options, threads, machine)
     except OSError as error:
         raise UserError(f"cannot write to {options.out}: {error}; name a writable folder with --out") from None
     except KeyboardInterrupt:

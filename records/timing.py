@@ -124,7 +124,7 @@ def stretch_batches(stream: TokenStream, config: Config, stage: int, count: int,
     """`count` batches of a stage's sizes, from the start of the stream, as training has them."""
     sizes = {name: (value_at(getattr(config, name), stage),)
              for name in ("tokens_per_step", "row_tokens", "document_tokens")}
-    batches = train_gpt2.step_batches(stream, replace(config, steps=count, **sizes), processes)
+    batches = train_gpt2.step_batches(stream, replace(config, steps=count, repeat=True, **sizes), processes)
     return train_gpt2.prefetched(batches, processes.device)
 
 

@@ -264,8 +264,9 @@ def test_the_newest_run_is_the_one_that_was_written_last(copy):
     """Whatever its name: a run that went on keeps the name of its first start."""
     config = read_checkpoint(checkpoints(copy)[0])["config"]
     other = shutil.copytree(copy, copy.parent / "z-another-name")
-    for seconds, expected in ((10, other), (-10, copy)):
-        os.utime(other, (time.time() + seconds,) * 2)
+    for seconds, expected in ((10, other), (-1e6, copy)):
+        for path in other.iterdir():
+            os.utime(path, (time.time() + seconds,) * 2)
         assert train_gpt2.newest(train_gpt2.saved_files(copy, other), config)["path"] == checkpoints(expected)[-1]
 
 
