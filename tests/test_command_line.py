@@ -1,18 +1,22 @@
 """The command line: what it takes, what it refuses, and that a refusal is one line."""
 
+import contextlib
 import os
 import re
 from dataclasses import fields, replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from tools import (ROOT, SMALL, command, metrics, random_documents, run_folders, run_here, start, write_corpus,
+import torch
+from tools import (ALONE, ROOT, SMALL, command, metrics, random_documents, run_folders, run_here, start, write_corpus,
                    write_shard)
 from worker import printing, together, train
 
 import train_gpt2
-from train_gpt2 import (ELSEWHERE, PRESETS, TECHNIQUES, Config, UserError, check_config, flag, parse_command_line,
-                        preset_values, spelled, texts, typed)
+from train_gpt2 import (
+    ELSEWHERE, PRESETS, TECHNIQUES, Config, Processes, UserError, check_config, flag, parse_command_line, preset_values,
+    spelled, texts, typed)
 
 OPTIONS = {option.name: option for option in fields(Config)}
 
@@ -86,6 +90,28 @@ def test_unknown_options():
     assert "meant" not in refusal("--zzz", "3") and "meant" not in refusal("train.py")
     assert "--steps" in refusal("--steps") and "no value" in refusal("--width=--")
     assert "quotes" in refusal("--train-files", "a_0.bin", "a_1.bin")  # a pattern that the shell has spelled out
+
+
+def test_folders_that_hold_or_can_hold_no_run(tmp_path):
+    assert "--out" in refusal("--out", "") and "no checkpoint" in refusal("--resume", str(tmp_path))
+    assert "--bigram" in refusal("--bigram", "1" + 18 * "0")
+
+
+def test_what_differs_between_processes_is_named(monkeypatch):
+    monkeypatch.setattr(Processes, "gather_values", lambda self, facts: [facts, facts | {"train shard 1": "7"}])
+    with pytest.raises(UserError, match="train shard 1 than process 0: 7, not None"):
+        Processes(0, 2, torch.device("cpu")).check_agreement({"steps": "1"})
+
+
+@pytest.mark.parametrize("save_every, files", [(0, 1), (2, 3), (1, 5)])
+def test_room_is_asked_for_what_will_be_saved(monkeypatch, save_every, files):
+    """The model, and of a run of four steps no thousand checkpoints. 12 bytes a weight."""
+    groups = {"any": SimpleNamespace(weights=torch.zeros(10))}
+    config = Config(steps=4, keep=1000, save_every=save_every)
+    for free in (files * 120 - 1, files * 120):
+        monkeypatch.setattr("shutil.disk_usage", lambda path, free=free: SimpleNamespace(free=free))
+        with pytest.raises(UserError, match="room") if free % 120 else contextlib.nullcontext():
+            train_gpt2.check_disk(config, groups, ALONE)
 
 
 def test_validation_shards_stand_beside_training_shards(tmp_path):

@@ -210,7 +210,8 @@ def slow_row(documents, number, tokens, most):
 def test_rows_of_whole_documents_are_those_of_the_slow_reference(tmp_path, seed, tokens, most):
     pieces = [piece for more in range(4) for piece in random_pieces(100 * seed + more)]
     stream, documents = TokenStream(write_shards(tmp_path, pieces)), documents_of(np.concatenate(pieces))
-    ends, config = [*itertools.accumulate(map(len, documents))], Config(document_tokens=(most,), row_tokens=(tokens,), repeat=True)
+    ends = [*itertools.accumulate(map(len, documents))]
+    config = Config(document_tokens=(most,), row_tokens=(tokens,), repeat=True)
     number, position = 0, 0
     for _ in range(150):  # some rounds through the stream
         row, starts, following = slow_row(documents, number, tokens, most)
