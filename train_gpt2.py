@@ -598,10 +598,11 @@ def row_lengths(stage, config):
     return tokens, value_at(config.document_tokens, stage) or tokens + 1
 
 
-def places_in_documents(starts):
-    """(n,) bool -> (n,) int32: how far each token is from its document's first one, or from 0."""
+def places_in_documents(starts, before=0):
+    """(n,) bool -> (n,) int32: how far each token is from its document's first one. The document of
+    token 0 has `before` tokens before it."""
     index = np.arange(len(starts), dtype=np.int32)
-    return index - np.maximum.accumulate(index * starts)
+    return index - np.maximum.accumulate(np.where(starts, index, -before))
 
 
 def training_row(stream, position, lengths, config):
@@ -618,18 +619,17 @@ def training_row(stream, position, lengths, config):
         return tokens, starts, position + tokens_of_row
     row, begins = np.empty(0, np.uint16), np.empty(0, bool)
     end = math.inf if config.repeat else stream.tokens
-    span, read = count + count // 2, 0  # read: tokens of the last document
-    while position <= end:  # until the row is full and the next document is found
+    span, before = count + count // 2, 0
+    while position <= end:  # piece by piece, until the row is full and the next document is found
         tokens, starts = stream.read(position, span)
-        place = places_in_documents(starts)
-        place[:starts.argmax() if starts.any() else None] += read
+        place = places_in_documents(starts, before)
         chosen = np.flatnonzero(place < longest)[:count - len(row)]
         row, begins = np.append(row, tokens[chosen]), np.append(begins, place[chosen] == 0)
         after = int(chosen[-1]) + 1 if len(chosen) else 0
         if len(row) == count and starts[after:].any():
             return row, begins, position + after + int(starts[after:].argmax())
-        position += len(tokens)
-        span, read = min(2 * span, 2**20), int(place[-1]) + 1
+        position += span
+        span, before = min(2 * span, 2**20), int(place[-1]) + 1
     return row, begins, position
 
 
@@ -2182,9 +2182,12 @@ def base_values(given):
     preset, resume = given.get("preset", "gpt2"), given.get("resume", "none")
     if resume not in ("none", "auto"):
         place = Path(os.path.expanduser(resume))
-        if place.is_dir() and not saved_files(place):
+        files = [place]
+        if place.is_dir():
+            files = saved_files(place)
+        if not files:
             raise UserError(f"{place} holds no checkpoint and no model.pt; give the folder of a run that has")
-        saved = newest(saved_files(place) or [place])
+        saved = newest(files)
         given["resume"] = str(saved["path"])
         return vars(saved["config"]) | {"out": str(saved["path"].parent.parent)}
     if preset not in PRESETS:
@@ -2528,7 +2531,7 @@ def checkpoints(folder):
 
 
 def saved_files(*folders):
-    """Checkpoints and models of these runs: of the latest run last, and of a run its latest step."""
+    """Checkpoints and models of these runs, the newest last: runs by the time of their last file."""
     files = {folder: [*checkpoints(folder), *folder.glob("model.pt")] for folder in folders}
     runs = [(max(file.stat().st_mtime for file in run), run) for run in files.values() if run]
     return [file for _, run in sorted(runs) for file in run]
