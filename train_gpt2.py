@@ -220,6 +220,8 @@ class Config(Recipe):
     device: one_of("auto", "cpu", "cuda") = "auto"  # auto: the GPU if there is one
     head_dtype: one_of("auto", "float8", "wide") = "auto"  # head's matmuls; auto: float8 on new GPUs
     compile: one_of("auto", "none") = "auto"  # auto: torch.compile on a GPU
+    attention_kernel: one_of("triton", "flash") = "triton"  # where compiled; flash: of flash-attn-4
+    mlp_kernel: one_of("torch", "quack") = "torch"  # where compiled; quack: ReLU^2 inside the products
     micro_tokens: Whole = 0  # tokens per forward pass, at least a row; 0: 65536 on a GPU, 1024 on a CPU
     recompute: Flag = False  # recompute activations in backward, to save memory
     loss_chunk: Count = 16_384  # tokens whose logits are held at once
@@ -784,12 +786,19 @@ FORWARD_TILES = {(torch.bfloat16, 128): {
     "fwd_BLOCK_M": 64, "fwd_BLOCK_N": 64, "fwd_num_stages": 3, "fwd_num_warps": 4}}
 
 
-def attention(query, key, value, mask):
+# By attention kernel. FlashAttention compiles its kernels once per name: a name that describes what
+# stands around them in a layer would be another for each kind of layer.
+COMPILE_OPTIONS = {"triton": {}, "flash": {"triton.descriptive_names": False}}
+
+
+def attention(query, key, value, mask, kernel="triton"):
     """Softmax attention, all (R, H, T, K); paired heads (R, H / 2, 2 T, K). The query is scaled
-    already. mask: from `block_mask` where the model is compiled, else from `span_mask`."""
+    already. mask: from `block_mask` where the model is compiled, else from `span_mask`. kernel: as in
+    Config; FlashAttention 4 is another backend of FlexAttention, for the same mask."""
     if isinstance(mask, BlockMask):
         tiles = FORWARD_TILES.get((query.dtype, query.shape[-1]))
-        return flex_attention(query, key, value, block_mask=mask, scale=1.0, kernel_options=tiles)
+        return flex_attention(query, key, value, block_mask=mask, scale=1.0,
+                              kernel_options={"BACKEND": "FLASH"} if kernel == "flash" else tiles)
     return torch.cat([F.scaled_dot_product_attention(
         query[:, :, queries], key[:, :, keys], value[:, :, keys], visible, scale=1.0)
         for queries, keys, visible in mask], dim=2)
@@ -906,6 +915,34 @@ def compiled_if(compiled, function, **options):
     if not compiled:
         return function
     return torch.compile(function, dynamic=False, fullgraph=True, options=options)
+
+
+class FusedMLP(torch.autograd.Function):
+    """`mlp` by quack-kernels: the products apply ReLU^2, and its derivative, to what they hold in
+    registers. Saves five passes over (R T, 4 D); the hidden layer is computed again, not kept."""
+
+    @staticmethod
+    def forward(ctx, x, up, down):
+        from quack.gemm_interface import gemm_act
+        before, hidden = gemm_act(x.flatten(0, 1), up.mT, activation="relu_sq", tuned=False)
+        ctx.save_for_backward(x, up, down, before)
+        return (hidden @ down).view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        from quack.gemm_interface import gemm_dact
+        x, up, down, before = ctx.saved_tensors
+        gradient = gradient.flatten(0, 1)
+        by_before, hidden = gemm_dact(gradient, down.mT, before, activation="relu_sq", tuned=False)
+        return (by_before @ up).view_as(x), by_before.mT @ x.flatten(0, 1), hidden.mT @ gradient
+
+
+def mlp(x, up, down, kernel="torch"):
+    """ReLU^2 MLP (Primer), (R, T, D) -> (R, T, D). up and down, transposed: (4 D, D). kernel: as in
+    Config."""
+    if kernel == "quack" and torch.compiler.is_compiling():
+        return FusedMLP.apply(x, up, down)
+    return F.linear(x, up).relu().square() @ down
 
 
 class Mudd(nn.Module):
@@ -1029,6 +1066,7 @@ class Block(nn.Module):
         self.heads = config.heads
         self.qk_norm = config.qk_norm
         self.epsilon = config.rms_epsilon
+        self.attention_kernel, self.mlp_kernel = config.attention_kernel, config.mlp_kernel
         self.attends = layer not in config.attention_free
         self.paired = layer in config.paired_layers
         self.short = layer in config.short_layers
@@ -1138,8 +1176,7 @@ class Block(nn.Module):
         if self.output is not None:
             residual, = by_token(self.residual[-1], x)
             down = self.output[-1] * down
-        hidden = F.linear(rms_norm(x, self.epsilon), up).relu().square()  # ReLU^2 (Primer)
-        return mixed(x, hidden @ down, residual, output)
+        return mixed(x, mlp(rms_norm(x, self.epsilon), up, down, self.mlp_kernel), residual, output)
 
     def attend(self, x, shared, mask, added, first_value):
         """x (R, T, D), normed -> attention's output (R, T, D), and this layer's
@@ -1169,7 +1206,7 @@ class Block(nn.Module):
         # Paired (#58): heads h and h + H / 2 of token t are positions 2 t and 2 t + 1 of one head.
         shape = (rows, 2 * tokens, self.heads // 2, -1) if self.paired else value.shape
         parts = (part.reshape(shape).transpose(1, 2) for part in (query, key, value))
-        out = attention(*parts, mask).transpose(1, 2).reshape(value.shape)
+        out = attention(*parts, mask, self.attention_kernel).transpose(1, 2).reshape(value.shape)
         if self.xsa is not None:
             out = leave_out(out, value, self.xsa)
         if self.attention_gate is not None:
@@ -1287,7 +1324,7 @@ class GPT(nn.Module):
         self.register_buffer("prefixes", prefixes, persistent=False)
 
         self.run_entrance, self.run_attention, self.run_mlp, self.run_exit = (  # first argument: the module
-            compiled_if(compiled, part) for part in (
+            compiled_if(compiled, part, **COMPILE_OPTIONS[config.attention_kernel]) for part in (
                 Entrance.forward, Block.attention_sublayer, Block.mlp_sublayer, Exit.forward))
         self.run_quantised, self.run_losses = (
             compiled_if(compiled, part) for part in (quantised, chunk_losses))
@@ -2017,6 +2054,10 @@ def train(config, processes):
     with RunLog(config, processes, saved) as log:
         log.line("\n".join([environment(processes), json.dumps(vars(config)),
                             f"shards {json.dumps(data.fingerprints)}"]), show=False)
+        if compiled:
+            own = str(Path(config.out, "compile_cache").absolute())
+            cache = os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", own)
+        config = checked_kernels(config, processes, compiled, log)
         model = GPT(config, data.train.vocabulary, data.prefixes, float8, compiled)
         model.to(processes.device)
         groups, progress = optimizer_groups(model, processes), Progress()
@@ -2028,8 +2069,6 @@ def train(config, processes):
             progress = restore(saved, model, groups)
             log.line(f"resumed after step {progress.step} from {saved['path']}")
         if compiled:
-            own = str(Path(config.out, "compile_cache").absolute())
-            cache = os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", own)
             log.line(f"compiling, untimed: seconds if {cache} holds the code, else minutes")
             log.line(f"compiled in {warm_up(model, groups, data, processes):.0f} s")
         with caught_signals() as received:
@@ -2329,6 +2368,47 @@ def for_device(config, processes):
                 f"{processes.world} processes cannot share the {rows} rows of a step; start as many "
                 "as divide them, or give other --tokens-per-step")
     return config, float8, compiled
+
+
+def check_kernel(name, config, device):
+    """Raises what goes wrong if the kernel that the setting `name` asks for cannot run here, or if its
+    output or gradients, for random inputs, are not the plain one's up to rounding."""
+    noise = partial(torch.randn, device=device, dtype=getattr(torch, config.dtype),
+                    generator=torch.Generator(device).manual_seed(0))
+    tokens, width, others = 8 * MASK_BLOCK, config.width, ()
+    if name == "attention_kernel":
+        function, heads = attention, (1, tokens, config.heads, width // config.heads)
+        inputs = [noise(heads).transpose(1, 2) for _ in range(3)]
+        others = block_mask(first_visible_key(document_starts(noise(1, tokens) > 2), tokens // 3)),
+    else:
+        function, matrix = mlp, (MLP_RATIO * width, width)
+        inputs = [noise(shape) for shape in ((1, tokens, width), matrix, matrix)]
+    inputs = [(0.3 * part).requires_grad_() for part in inputs]
+    results = []
+    for kernel in (getattr(Config, name), getattr(config, name)):
+        run = compiled_if(True, function, **COMPILE_OPTIONS[config.attention_kernel])
+        out = run(*inputs, *others, kernel)
+        results.append((out, *torch.autograd.grad(out, inputs, out.detach())))
+    for plain, found in zip(*results, strict=True):
+        if not (found - plain).norm() < 0.02 * plain.norm():
+            raise ValueError("it gives other results")
+
+
+def checked_kernels(config, processes, compiled, log):
+    """The config, with plain kernels in place of those of a library that fail in any process."""
+    for name in ("attention_kernel", "mlp_kernel"):
+        asked, plain, problem = getattr(config, name), getattr(Config, name), ""
+        if asked != plain:
+            try:
+                if not compiled:
+                    raise ValueError("the model is not compiled")
+                check_kernel(name, config, processes.device)
+            except Exception as error:  # whatever importing, compiling and launching may raise
+                problem = " ".join(repr(error).split())
+        if problem := max(processes.gather_values(problem)):
+            log.line(f"notice: {flag(name)} {plain}, not {asked}: {problem:.200}")
+            config = replace(config, **{name: plain})
+    return config
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2777,6 +2857,7 @@ def one_line(error):
 def main(arguments=None):
     """Run the command line. Of an error that all processes meet, process 0 speaks first."""
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # sizes vary by stage
+    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")  # keep compiled kernels
     sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))
     sys.stdout.reconfigure(errors="backslashreplace")  # file names may not be UTF-8
     try:

@@ -122,7 +122,7 @@ class Cache:
         finally:
             script.attention = own
 
-    def attention(self, query: Tensor, key: Tensor, value: Tensor, _mask) -> Tensor:
+    def attention(self, query: Tensor, key: Tensor, value: Tensor, _mask, _kernel) -> Tensor:
         """Of the next layer, all (1, H, positions, K). A token has two positions in paired layers."""
         block, old_key, old_value = self.layers.popleft()
         each, window = 1 + block.paired, self.phase.windows[block.short]

@@ -191,13 +191,14 @@ def block_units(layer: int, config: Config) -> float:
     """What a compiled layer keeps for backward, in hidden states: numbers per token / width.
 
     Always: the stream it receives, unless that is the embedding; the MLP's normed input; its hidden channels
-    before and after the square. With attention: its normed input; query, key and value; query and key turned;
+    before and, unless computed again, after the square. With attention: its normed input; query, key and value; query and key turned;
     what attention gives, also gated, also without its part along the value; the stream after it. A value of its
     own where something is added to it or heads are paired, and that something where it is weighed. The mixture
     where it is made once; where weights come from MUDD, both outputs, and its hidden channels.
     """
     dynamic, valued = config.mudd and layer == config.layers - 1, layer in config.value_layers
-    units = 2 - (layer == 0) + 2 * train_gpt2.MLP_RATIO + (config.mixing == "blocks" or dynamic)
+    hidden = train_gpt2.MLP_RATIO * (2 - (config.mlp_kernel == "quack"))
+    units = 2 - (layer == 0) + hidden + (config.mixing == "blocks" or dynamic)
     if layer not in config.attention_free:
         units += 8 + config.attention_gates + (layer in config.xsa_layers) + dynamic
         units += valued or dynamic or layer in config.paired_layers or config.value_residual

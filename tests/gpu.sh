@@ -5,7 +5,8 @@
 #
 #   --corpus    shards *_train_*.bin and *_val_*.bin; without, times are those of made-up tokens and nothing is trained
 #   --out       where logs and the table go (default logs/gpu-DATE)
-#   --only      some of: compile, time-five-minute, time-gpt2, kernels, train-five-minute, train-gpt2, tests, peers
+#   --only      some of: compile, time-five-minute, time-gpt2, kernels, libraries (the last stage with flash-attn-4, where
+#               it is installed), train-five-minute, train-gpt2, tests, peers
 #   --peers     files *.args, each with options of records/bench.py, one a line, as seen from that folder
 #   --patience  limits times N: all of it takes eight minutes at most (ten more for each comparison)
 #   --device    cpu: the same steps in small, to try this script
@@ -94,6 +95,10 @@ step compile 200 "$times" bash -c '"$@" --timed-steps 0 --stages 0,1 &
 step time-five-minute 60 "$times" "${timing[@]}" --preset five-minute --json "$out/five-minute.json"
 step time-gpt2 90 "$times" "${timing[@]}" --json "$out/gpt2.json"
 step kernels 60 's/^(idle .*%|matrix .*|attention .*).*/\1/p' "$python" records/kernels.py "${sizes[@]}" "${data[@]}"
+if "$python" -c 'import flash_attn.cute, quack' 2>/dev/null; then
+    step libraries 150 "$times" "${timing[@]}" --stages 2 --attention-kernel flash --mlp-kernel quack \
+        --json "$out/libraries.json"
+fi
 for preset in five-minute gpt2; do
     if [[ -n "$corpus" ]]; then
         step train-$preset 80 's/.* val_loss:([0-9.naif]+) train_time:([0-9]+)ms.*/\1 at \2 ms/p' \

@@ -1,14 +1,20 @@
 """What only a GPU can show, against the same on a CPU: attention kernels, float8 products, compiled updates, whole
 runs. `pytest -m gpu` runs these on a machine with a GPU; a plain run takes the variants that need none."""
 
+import importlib.util
+import math
+import sys
+from types import ModuleType, SimpleNamespace
+
 import pytest
 import torch
-from tools import RECIPE, SMALL, dense_mask, losses, random_batch, random_starts, run_here, small_model
+from tools import RECIPE, SMALL, configuration, dense_mask, losses, random_batch, random_starts, run_here, small_model
 from torch.nn.functional import scaled_dot_product_attention
 
 import train_gpt2
 from train_gpt2 import (
-    Batch, Muon, Processes, add_rows, attention, block_mask, document_starts, first_visible_key, phase_at, sorted_rows)
+    Batch, Muon, Processes, add_rows, attention, block_mask, checked_kernels, document_starts, first_visible_key, mlp,
+    phase_at, sorted_rows)
 
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 GPU = pytest.param("cuda", marks=[pytest.mark.gpu, NEEDS_GPU])
@@ -33,22 +39,29 @@ def relative_error(found, expected):
     return ((found - expected).norm() / expected.norm()).item()
 
 
+def needs(library):
+    found = importlib.util.find_spec(library.split(".")[0]) and importlib.util.find_spec(library)
+    return pytest.mark.skipif(not found, reason=f"needs {library}")
+
+
 @on_both
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("dtype", "kernel"), [
+    (torch.float32, "triton"), (torch.bfloat16, "triton"),
+    pytest.param(torch.bfloat16, "flash", marks=needs("flash_attn.cute"))])
 @pytest.mark.parametrize("window", [90, 10_000])
-def test_flex_attention_layouts(device, dtype, window):
+def test_flex_attention_layouts(device, dtype, kernel, window):
     """Forward, and on a GPU backward, of random documents against dense attention in float64."""
     if device == "cpu" and dtype == torch.bfloat16:
         pytest.skip("a GPU's")
     import numpy
     starts, draw = random_starts(2, 512, numpy.random.default_rng(1)), torch.Generator().manual_seed(0)
-    parts = [torch.randn(2, 2, 512, 64, generator=draw).to(dtype) for _ in range(3)]
+    parts = [torch.randn(2, 2, 512, 128, generator=draw).to(dtype) * 0.7 for _ in range(3)]
     exact = [part.double().requires_grad_() for part in parts]
     expected = scaled_dot_product_attention(*exact, dense_mask(starts, window)[:, None], scale=1.0)
     moved = [part.detach().to(device).requires_grad_(device == "cuda") for part in parts]
     mask = block_mask(first_visible_key(document_starts(starts.to(device)), window))
-    found = compiled(attention, device)(*moved, mask)
+    found = compiled(attention, device)(*moved, mask, kernel)
     tolerance = 0.02 if dtype == torch.bfloat16 else 0.002
     assert relative_error(found, expected) < tolerance
     if device == "cuda":
@@ -57,6 +70,74 @@ def test_flex_attention_layouts(device, dtype, window):
         found.backward(gradient.to(device, dtype))
         for one, other in zip(moved, exact, strict=True):
             assert relative_error(one.grad, other.grad) < 2 * tolerance
+
+
+def stand_in_for_quack(monkeypatch, factor=1.0):
+    """Its gradients are off by the factor."""
+    def gemm_act(a, b, activation, tuned):
+        assert activation == "relu_sq"
+        return a @ b, (a @ b).relu().square()
+
+    def gemm_dact(a, b, before, activation, tuned):
+        assert activation == "relu_sq"
+        return factor * 2 * before.relu() * (a @ b), before.relu().square()
+
+    for name in ("quack", "quack.gemm_interface"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    sys.modules["quack.gemm_interface"].__dict__.update(gemm_act=gemm_act, gemm_dact=gemm_dact)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NEEDS_GPU, needs("quack")])])
+def test_products_with_relu_squared_give_the_gradients_of_the_plain_mlp(device, monkeypatch):
+    if device == "cpu":
+        stand_in_for_quack(monkeypatch)
+    draw, dtype = torch.Generator().manual_seed(0), torch.float64 if device == "cpu" else torch.bfloat16
+    parts = [torch.randn(shape, generator=draw).to(dtype) for shape in ((2, 256, 128), (512, 128), (512, 128))]
+    exact = [part.double().requires_grad_() for part in parts]
+    moved = [part.detach().to(device).requires_grad_() for part in parts]
+    options = {"backend": "aot_eager"} if device == "cpu" else {}
+    found = torch.compile(mlp, fullgraph=True, dynamic=False, **options)(*moved, "quack")
+    expected, gradient = mlp(*exact), torch.randn(2, 256, 128, generator=draw).to(dtype)
+    found.backward(gradient.to(device))
+    expected.backward(gradient.double())
+    tolerance = 1e-12 if device == "cpu" else 0.02
+    for one, other in ((found, expected), *((one.grad, other.grad) for one, other in zip(moved, exact, strict=True))):
+        assert relative_error(one, other) < tolerance
+
+
+@pytest.mark.parametrize(("case", "kernels", "notices"), [
+    ("right", ("flash", "quack"), []),
+    ("missing", ("triton", "torch"), ["--attention-kernel triton, not flash", "--mlp-kernel torch, not quack"]),
+    ("wrong", ("triton", "torch"), 2 * ["other results"]),
+    ("other process", ("triton", "torch"), 2 * ["no such card"]),
+    ("eager", ("triton", "torch"), 2 * ["not compiled"])])
+def test_a_librarys_kernel_is_used_where_it_agrees_with_the_plain_one(case, kernels, notices, tmp_path, monkeypatch):
+    """Stand-ins for both libraries are right, missing, off by 3 %, or fail in another process."""
+    factor, config = 1.03 if case == "wrong" else 1.0, configuration(
+        tmp_path, attention_kernel="flash", mlp_kernel="quack", dtype="float32", width=64, heads=2)
+
+    def dense(query, key, value, mask, kernel):
+        position = torch.arange(query.shape[2])
+        seen = mask.mask_mod(0, None, position[:, None], position)
+        if kernel == "flash":
+            if case == "missing":
+                raise ModuleNotFoundError("No module named 'flash_attn'")
+            query = factor * query
+        return (query @ key.mT).masked_fill(~seen, -math.inf).softmax(-1) @ value
+
+    if case == "missing":
+        monkeypatch.setitem(sys.modules, "quack", None)
+    else:
+        stand_in_for_quack(monkeypatch, factor)
+    monkeypatch.setattr(train_gpt2, "attention", dense)
+    monkeypatch.setattr(train_gpt2, "compiled_if", lambda _, function, **options: torch.compile(
+        function, backend="aot_eager", fullgraph=True))
+    processes, lines = Processes(0, 1, torch.device("cpu")), []
+    if case == "other process":
+        monkeypatch.setattr(Processes, "gather_values", lambda self, value: [value, "no such card"])
+    found = checked_kernels(config, processes, case != "eager", SimpleNamespace(line=lines.append))
+    assert (found.attention_kernel, found.mlp_kernel) == kernels
+    assert len(lines) == len(notices) and all(part in line for part, line in zip(notices, lines, strict=True))
 
 
 @on_gpu

@@ -366,12 +366,12 @@ def test_validation_never_takes_the_float8_head():
 # ---- compiled parts ---------------------------------------------------------------------------------------
 
 
-def attention_to_copies(query, key, value, mask):
+def attention_to_copies(query, key, value, mask, _):
     """On a CPU torch 2.13's FlexAttention takes a view for the start of its storage."""
     return attention(query, key.clone(), value.clone(), mask)
 
 
-def plain_attention(query, key, value, mask):
+def plain_attention(query, key, value, mask, _):
     """Stands in for FlexAttention, which has no backward on a CPU. It reads the same block mask. Spelled out, as
     torch 2.11 does not compile its own attention's backward pass in float64."""
     row, position = torch.arange(query.shape[0])[:, None, None, None], torch.arange(query.shape[2])

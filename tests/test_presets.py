@@ -23,7 +23,7 @@ def test_sizes(preset, parameters, tokens):
 def test_settings_belong_to_the_recipe_or_to_the_run():
     recipe, run = {f.name for f in fields(Recipe)}, {f.name for f in fields(Config)} - {f.name for f in fields(Recipe)}
     assert run == {"train_files", "val_files", "out", "save_every", "keep", "resume", "device", "head_dtype", "compile",
-                   "micro_tokens", "recompute", "loss_chunk", "timeout"}
+                   "attention_kernel", "mlp_kernel", "micro_tokens", "recompute", "loss_chunk", "timeout"}
     moved = {name for technique in TECHNIQUES.values() for name in technique}
     assert moved <= recipe | {"head_dtype"}
 

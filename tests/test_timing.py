@@ -109,7 +109,7 @@ def test_compiled_activations_are_predicted_within_a_twentieth(preset, recompute
 
     compile_with = torch.compile
     monkeypatch.setattr(train_gpt2, "attention_masks", masks)
-    monkeypatch.setattr(train_gpt2, "attention", lambda query, key, value, mask: scaled_dot_product_attention(
+    monkeypatch.setattr(train_gpt2, "attention", lambda query, key, value, mask, _: scaled_dot_product_attention(
         query, key, value, mask, scale=1.0))
     monkeypatch.setattr(torch, "compile", lambda function, **options: compile_with(
         function, backend="aot_eager_decomp_partition", **options))
