@@ -1951,7 +1951,7 @@ class Data(NamedTuple):
     val: TokenStream
     val_tokens: int
     prefixes: np.ndarray | None  # (vocabulary,) int32
-    fingerprints: dict  # by part and shard
+    fingerprints: dict  # of the shards, by name
 
 
 class Progress(NamedTuple):
@@ -1986,16 +1986,18 @@ def open_data(config):
             raise UserError(f"{train.pattern} has no whole row of {lengths[0]} tokens to "
                             f"shuffle; make more ({shard_command(train.pattern)}), or give a shorter "
                             "--row-tokens, or --shuffle false")
-    found = {"train": train.fingerprints(), "val": val.fingerprints()}
-    for name, facts in found["val"].items():
-        if facts in found["train"].values():
+    trained, validated = train.fingerprints(), val.fingerprints()
+    for name, facts in validated.items():
+        if facts in trained.values():
             raise UserError(f"{name} of --val-files is among --train-files, too, or a copy of it is; "
                             "give other shards for one of them")
     prefixes = None
     if config.prefix_weight:
         prefixes = read_prefixes(train)
-        found["train"][PREFIXES] = spelled(0 if prefixes is None else zlib.crc32(prefixes))
-    return Data(train, val, min(config.val_tokens, val.tokens - 1), prefixes, found)
+        trained[PREFIXES] = spelled(0 if prefixes is None else zlib.crc32(prefixes))
+    fingerprints = {f"{part} shard {name}": facts for part, found in (("train", trained), ("val", validated))
+                    for name, facts in found.items()}
+    return Data(train, val, min(config.val_tokens, val.tokens - 1), prefixes, fingerprints)
 
 
 def training_loop(model, groups, data, processes, log, progress, received):
@@ -2044,7 +2046,7 @@ def train(config, processes):
     signal a checkpoint, and raises SystemExit. Raises UserError."""
     config, float8, compiled = for_device(config, processes)
     data = open_data(config)
-    processes.check_agreement(texts(config) | identity(config, data.fingerprints) | {
+    processes.check_agreement(texts(config) | data.fingerprints | {
         "script": script_text(), "torch": torch.__version__, "float8": float8})
     saved = checkpoint_to_resume(config, data, processes)
     if saved and "state" not in saved:  # so that a job restarting until done can end
@@ -2054,9 +2056,7 @@ def train(config, processes):
     with RunLog(config, processes, saved) as log:
         log.line("\n".join([environment(processes), json.dumps(vars(config)),
                             f"shards {json.dumps(data.fingerprints)}"]), show=False)
-        if compiled:
-            own = str(Path(config.out, "compile_cache").absolute())
-            cache = os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", own)
+        cache = compile_cache(config)
         config = checked_kernels(config, processes, compiled, log)
         model = GPT(config, data.train.vocabulary, data.prefixes, float8, compiled)
         model.to(processes.device)
@@ -2370,6 +2370,12 @@ def for_device(config, processes):
     return config, float8, compiled
 
 
+def compile_cache(config):
+    """Where torch keeps compiled code: below --out, unless TORCHINDUCTOR_CACHE_DIR says otherwise."""
+    own = str(Path(config.out, "compile_cache").absolute())
+    return os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", own)
+
+
 def check_kernel(name, config, device):
     """Raises what goes wrong if the kernel that the setting `name` asks for cannot run here, or if its
     output or gradients, for random inputs, are not the plain one's up to rounding."""
@@ -2632,7 +2638,7 @@ def read_checkpoint(path, wanted=None):
                 if part.endswith("data.pkl"):
                     archive.read(part)
             saved = torch.load(path, weights_only=True, mmap=True)
-            for part in (saved["config"], *dict(saved["shards"]).values()):
+            for part in (saved["config"], saved["shards"]):
                 if any(type(text) is not str for text in (*part, *part.values())):
                     raise ValueError("its settings or shards are not texts")
             config = Config(**{name: typed(Config.__dataclass_fields__[name], text)
@@ -2656,10 +2662,9 @@ def read_checkpoint(path, wanted=None):
             "the log.txt of its run begins with the version that wrote it") from None
 
 
-def identity(config, shards=()):
-    """What must stay the same when a run resumes, by name: its recipe and its shards."""
-    return {flag(name): spelled(getattr(config, name)) for name in Recipe.__annotations__} | {
-        f"{part} shard {name}": facts for part in shards for name, facts in shards[part].items()}
+def identity(config):
+    """The recipe, which must stay the same when a run resumes."""
+    return {flag(name): spelled(getattr(config, name)) for name in Recipe.__annotations__}
 
 
 def newest(paths, wanted=None):
@@ -2698,7 +2703,8 @@ def checkpoint_to_resume(config, data, processes):
     if finished.parent.parent == Path(config.out):  # training again would overwrite it
         with contextlib.suppress(UserError):  # none, or a damaged one
             saved = read_checkpoint(finished)
-    theirs, ours = identity(saved["config"], saved["shards"]), identity(config, data.fingerprints)
+    theirs = identity(saved["config"]) | saved["shards"]
+    ours = identity(config) | data.fingerprints
     for name in theirs | ours:
         if theirs.get(name) != ours.get(name):
             raise UserError(

@@ -190,11 +190,11 @@ def step_flops(config: Config, sizes: Sizes, stretch: Stretch) -> float:
 def block_units(layer: int, config: Config) -> float:
     """What a compiled layer keeps for backward, in hidden states: numbers per token / width.
 
-    Always: the stream it receives, unless that is the embedding; the MLP's normed input; its hidden channels
-    before and, unless computed again, after the square. With attention: its normed input; query, key and value; query and key turned;
-    what attention gives, also gated, also without its part along the value; the stream after it. A value of its
-    own where something is added to it or heads are paired, and that something where it is weighed. The mixture
-    where it is made once; where weights come from MUDD, both outputs, and its hidden channels.
+    Always: the stream it receives, unless that is the embedding; the MLP's normed input; its hidden channels before
+    and, unless computed again, after the square. With attention: its normed input; query, key and value; query and
+    key turned; what attention gives, also gated, also without its part along the value; the stream after it. A
+    value of its own where something is added to it or heads are paired, and that something where it is weighed. The
+    mixture where it is made once; where weights come from MUDD, both outputs, and its hidden channels.
     """
     dynamic, valued = config.mudd and layer == config.layers - 1, layer in config.value_layers
     hidden = train_gpt2.MLP_RATIO * (2 - (config.mlp_kernel == "quack"))
@@ -606,6 +606,7 @@ def main(arguments: list[str] | None = None) -> dict | None:
     options, config = read_options(sys.argv[1:] if arguments is None else arguments)
     if options.fit or options.gpu_memory or options.memory_only == "true":
         return predict(config, options)
+    train_gpt2.compile_cache(config)  # what is compiled here, a run finds
     processes = train_gpt2.start_processes(config)
     if processes.device.type == "cpu":
         ready, *_ = train_gpt2.for_device(config, processes)

@@ -59,7 +59,7 @@ def checkpoint(path, recipe: str = "tiny", step: int = 640, dtype: str = "float3
                **changes):
     """A file as a run leaves it after `step` updates."""
     stream = SimpleNamespace(vocabulary=tokens[0], separator=tokens[1])
-    data = SimpleNamespace(train=stream, fingerprints={"train": {}, "val": {}})
+    data = SimpleNamespace(train=stream, fingerprints={})
     model, progress = small(recipe, dtype, tokens[0], **changes), Progress(step, 1.0, 1.25)
     train_gpt2.save(path, train_gpt2.contents(model, data, progress))
     return path

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from test_techniques import SIX_LAYERS, hashed, signed
 from tools import random_batch, small_model
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_gpt2
@@ -366,6 +368,10 @@ def test_validation_never_takes_the_float8_head():
 # ---- compiled parts ---------------------------------------------------------------------------------------
 
 
+COMPILED = dict(preset="gpt2", spread=0.3, **NO_LAYERS | dict(
+    layers=2, paired_layers=(0,), value_layers=(0, 1), xsa_layers=(0, 1), attention_source=(0,), loss_chunk=128))
+
+
 def attention_to_copies(query, key, value, mask, _):
     """On a CPU torch 2.13's FlexAttention takes a view for the start of its storage."""
     return attention(query, key.clone(), value.clone(), mask)
@@ -384,9 +390,8 @@ def plain_attention(query, key, value, mask, _):
 def test_compiled_parts_give_the_eager_loss_and_gradients(fresh_compiler, monkeypatch, backward):
     """Two layers with most that gpt2 has, as windows, stages and rows change."""
     dtype = "float64" if backward else "float32"  # which FlexAttention takes on a CPU; gradients cancel in it
-    settings = dict(preset="gpt2", dtype=dtype, spread=0.3, **NO_LAYERS | dict(
-        layers=2, paired_layers=(0,), value_layers=(0, 1), xsa_layers=(0, 1), attention_source=(0,), loss_chunk=128))
-    compiled, eager = (small_model(**settings, compiled=each, recompute=backward) for each in (True, False))
+    compiled, eager = (
+        small_model(**COMPILED, dtype=dtype, compiled=each, recompute=backward) for each in (True, False))
     for seed, window in enumerate((24, 100, 1000)):
         batch, phase = random_batch(2, 256, seed=seed), phase_at(0, eager.config)._replace(windows=(window, 0))
         with torch.set_grad_enabled(backward):
@@ -400,3 +405,23 @@ def test_compiled_parts_give_the_eager_loss_and_gradients(fresh_compiler, monkey
             expected.backward() if backward else None
     for name, gradient in gradients(eager).items():  # of all batches, added up
         assert deviation(gradients(compiled)[name], gradient) < 1e-10, name
+
+
+@pytest.mark.slow
+def test_recomputation_compiles_the_same_graphs(fresh_compiler, monkeypatch):
+    """So that a process with little memory can compile for another one."""
+    compile_with, found = torch.compile, {}
+
+    def note(graph, _):
+        found[recompute].append(graph.code)
+        return make_boxed_func(graph.forward)
+
+    monkeypatch.setattr(train_gpt2, "attention", plain_attention)
+    monkeypatch.setattr(torch, "compile", lambda function, options, **others: compile_with(
+        function, backend=aot_autograd(fw_compiler=note, bw_compiler=note), **others))
+    for recompute in (False, True):
+        torch._dynamo.reset()
+        found[recompute] = []
+        model = small_model(**COMPILED, dtype="float64", compiled=True, recompute=recompute)
+        model.loss(random_batch(2, 256), phase_at(0, model.config))[0].backward()
+    assert sorted(found[False]) == sorted(found[True]) and len(found[True]) > 10

@@ -29,7 +29,7 @@ COMMANDS = {  # what is added to make them short, in the order in which they run
     "records/2026-11-24_tiny_shakespeare_2-core_cpu": ""}
 NOT_RUN = {  # the reason, and which
     "runs these tests": r"\./run.sh test.*", "needs a network": r"python data/fineweb.py.*|python evals/hellaswag.py.*",
-    "needs GPUs": r"torchrun.*|TORCH_DISABLE.*|tests/gpu.sh.*"
+    "needs GPUs": r"for stage.*|torchrun.*|TORCH_DISABLE.*|tests/gpu.sh.*"
                   r"|python train_gpt2.py( --(preset five|recompute|seed|save-every).*)?"
                   r"|python records/kernels.py --preset gpt2.*|python records/ladder.py --size 124M.*",
     "minutes": r"python records/ladder.py --train-files.*|python train_gpt2.py --preset tiny.*|\./run.sh --.*"
