@@ -919,7 +919,7 @@ def compiled_if(compiled, function, **options):
 
 class FusedMLP(torch.autograd.Function):
     """`mlp` by quack-kernels: the products apply ReLU^2, and its derivative, to what they hold in
-    registers. Saves five passes over (R T, 4 D); the hidden layer is computed again, not kept."""
+    registers (#59). Saves five passes over (R T, 4 D); the hidden layer is computed again, not kept."""
 
     @staticmethod
     def forward(ctx, x, up, down):
