@@ -128,7 +128,8 @@ def attention(config, gpus):
     moved = [part.to("cuda" if gpus else "cpu", dtype, copy=True).requires_grad_() for part in parts[:3]]
     expected = (exact[0] @ exact[1].mT).masked_fill(~seen[:, None], -torch.inf).softmax(-1) @ exact[2]
     first_key = train_gpt2.first_visible_key(train_gpt2.document_starts(starts.to(moved[0].device)), window)
-    mask = train_gpt2.block_mask(first_key) if gpus else train_gpt2.span_mask(first_key)
+    config = replace(config, dtype=str(dtype).removeprefix("torch."))
+    mask = train_gpt2.block_mask(first_key, train_gpt2.block_size(config)) if gpus else train_gpt2.span_mask(first_key)
     found = train_gpt2.compiled_if(gpus > 0, train_gpt2.attention)(*moved, mask, config.attention_kernel)
     for output in (expected, found):
         output.backward(parts[3].to(output))

@@ -19,6 +19,7 @@ from timing import documents, made_up_tokens  # noqa: E402
 from train_gpt2 import (  # noqa: E402
     GPT2_SEPARATOR,
     GPT2_VOCABULARY,
+    SMALL_BLOCK,
     Config,
     TokenStream,
     block_mask,
@@ -57,7 +58,7 @@ def main() -> None:
     for name, paired, window in (("block mask", False, 1023),
                                  ("block mask of paired heads", True, value_at(Config.window_short, 3))):
         seconds = best_of(50, lambda paired=paired, window=window: block_mask(
-            first_visible_key(documents(starts, paired), window)))
+            first_visible_key(documents(starts, paired), window), SMALL_BLOCK))
         print(f"{name}, {ROW:,} tokens, window {window}: {1000 * seconds:.2f} ms on one core")
     with tempfile.TemporaryDirectory() as folder:
         shard = Path(folder) / "shard.bin"

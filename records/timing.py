@@ -219,6 +219,12 @@ def kept_units(config: Config, sizes: Sizes) -> float:
     return units + config.smear + exit_units + sum(block_units(i, config) for i in range(config.layers))
 
 
+def mask_bytes(config: Config, rows: int, row_tokens: int, block: int) -> int:
+    """First keys, and four lists of blocks, of each kind of layer."""
+    lengths = [row_tokens * (1 + paired) for _, paired in attending(config)]
+    return rows * sum(4 * tokens + 4 * 4 * (tokens // block) ** 2 for tokens in lengths)
+
+
 GPU = torch.device("cuda")  # whose memory is predicted; it need not be there
 
 
@@ -230,10 +236,8 @@ def stage_memory(config: Config, sizes: Sizes, world: int, stage: int) -> dict[s
     most = train_gpt2.rows_at_once(config, size, GPU)
     at_once = max(n for n in range(1, rows + 1) if rows % n == 0 and n <= most)
     narrow, broad, head = dtype.itemsize, train_gpt2.wide(dtype).itemsize, sizes.parameters["head"]
-    unit, masks = at_once * size * config.width * narrow, 0
-    for _, paired in attending(config):
-        tokens = size * (1 + paired)
-        masks += at_once * (4 * tokens + 4 * 4 * (tokens // train_gpt2.MASK_BLOCK) ** 2)
+    unit = at_once * size * config.width * narrow
+    masks = mask_bytes(config, at_once, size, train_gpt2.block_size(config))
     # Copies of weights that a pass keeps, in D x D of a layer: query, key and value in one, cast, or multiplied by
     # learned scalars. By block, the numbers.
     cast = matrix != dtype
@@ -286,14 +290,16 @@ def predicted_memory(config: Config, sizes: Sizes, world: int, stages: tuple = (
 
 def validation_memory(config: Config, sizes: Sizes, world: int) -> int:
     """Bytes of a process in validation, about: what stays, six hidden states and those that wait for later layers,
-    bigrams and values, the MLP's hidden channels, a chunk of logits."""
+    bigrams and values, the MLP's hidden channels, masks, a chunk of logits."""
     training, head = predicted_memory(config, sizes, world), sizes.parameters["head"]
     stays = sum(training[name] for name in ("weights", "gradients", "optimizer", "tables"))
-    tokens = train_gpt2.rows_at_once(config, config.val_row_tokens, GPU) * config.val_row_tokens
+    rows = train_gpt2.rows_at_once(config, config.val_row_tokens, GPU)
+    tokens = rows * config.val_row_tokens
     units = 6 + bool(config.bigram) + 2 * bool(config.value_layers) + 2 * train_gpt2.MLP_RATIO
     units += sizes.injected + len(config.attention_source) + len(train_gpt2.skip_sources(config))
     numbers = tokens * (config.width * units + 4 + 8 + 1) + 2 * min(config.loss_chunk, tokens) * head.shape[0]
-    return stays + numbers * getattr(torch, config.dtype).itemsize
+    masks = mask_bytes(config, rows, config.val_row_tokens, train_gpt2.MASK_BLOCK)
+    return stays + masks + numbers * getattr(torch, config.dtype).itemsize
 
 
 # On an H100 the peaks of five-minute, record 62 and today's gpt2 were within 7 % of the predictions, the last one's

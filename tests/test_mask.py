@@ -1,6 +1,7 @@
 """Which key each query may see: first keys, spans and block masks against brute force, and FlexAttention on top."""
 
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -8,9 +9,10 @@ import torch
 from tools import dense_mask, random_starts
 from torch.nn.attention.flex_attention import create_mask, flex_attention
 
+import train_gpt2
 from train_gpt2 import (
-    GPT, MASK_BLOCK, Config, attention, attention_masks, block_mask, document_starts, first_visible_key,
-    interval_rule, span_mask)
+    GPT, MASK_BLOCK, SMALL_BLOCK, SMALL_TILES, Config, attention, attention_masks, block_mask, block_size,
+    document_starts, first_visible_key, interval_rule, span_mask)
 
 WINDOWS = (0, 1, 2, 30, 63, 99, 126, 127, 128, 254, 255, 256, 383, 511, 999, 100_000, 2**40)
 
@@ -91,11 +93,11 @@ def grid(numbers: torch.Tensor, lists: torch.Tensor) -> torch.Tensor:
     return torch.zeros_like(lists).scatter_add_(-1, lists.long(), counted)[:, 0]
 
 
-def assert_blocks(mask, visible: torch.Tensor):
+def assert_blocks(mask, visible: torch.Tensor, size: int = MASK_BLOCK):
     """The lists of a block mask and its rule are those of a mask (R, T, T) bool."""
     rows, tokens, _ = visible.shape
-    blocks = tokens // MASK_BLOCK
-    tiles = visible.view(rows, blocks, MASK_BLOCK, blocks, MASK_BLOCK).transpose(2, 3).flatten(3)
+    blocks = tokens // size
+    tiles = visible.view(rows, blocks, size, blocks, size).transpose(2, 3).flatten(3)
     full, touched = tiles.all(-1).int(), tiles.any(-1).int()
     assert torch.equal(grid(mask.full_kv_num_blocks, mask.full_kv_indices), full)
     assert torch.equal(grid(mask.kv_num_blocks, mask.kv_indices), touched - full)
@@ -108,7 +110,34 @@ def assert_blocks(mask, visible: torch.Tensor):
 @pytest.mark.parametrize("count", [20, pytest.param(5000, marks=pytest.mark.slow)])
 def test_blocks_are_the_definition(count):
     for starts, window in layouts(count, (128, 256, 384, 512, 640, 768), seed=4):
-        assert_blocks(block_mask(first_key_of(starts, window)), dense_mask(starts, window))
+        for size in (MASK_BLOCK, SMALL_BLOCK):
+            assert_blocks(block_mask(first_key_of(starts, window), size), dense_mask(starts, window), size)
+
+
+ONE_KIND = dict(layers=2, width=256, heads=2, paired_layers=(), short_layers=(), attention_free=(), value_layers=(),
+                gated_skip=(), attention_source=(), xsa_layers=())
+
+
+def test_blocks_are_small_where_their_tiles_are_known():
+    """A mask of small blocks goes with their tiles, and no other."""
+    seen = []
+    for changes, size in (({}, 64), ({"dtype": "float32"}, 128), ({"heads": 4}, 128),
+                          ({"attention_kernel": "flash"}, 128)):
+        config = Config(**{"dtype": "bfloat16"} | ONE_KIND | changes)
+        assert block_size(config) == size
+        model = SimpleNamespace(blocks=GPT(config, 64).blocks, compiled=True, config=config)
+        for training, expected in ((True, size), (False, MASK_BLOCK)):  # validation has long rows, and few
+            with torch.set_grad_enabled(training):
+                masks = attention_masks(model, torch.zeros(1, 512, dtype=torch.bool), (300, 100))
+            assert masks[False, False].kv_indices.shape[-1] == 512 // expected
+        kind = getattr(torch, config.dtype), config.width // config.heads
+        query, mask = torch.zeros(1, 1, 512, kind[1], dtype=kind[0]), block_mask(torch.zeros(1, 512).int(), size)
+        with mock.patch.object(train_gpt2, "flex_attention", lambda *_, kernel_options, **__: seen.append(
+                kernel_options)):
+            attention(query, query, query, mask, config.attention_kernel)
+    assert seen == [SMALL_TILES[torch.bfloat16, 128], {}, {}, {"BACKEND": "FLASH"}]
+    assert seen[0]["SPARSE_Q_BLOCK_SIZE"] == seen[0]["SPARSE_KV_BLOCK_SIZE"] == 64
+    assert all(64 % tile == 0 for name, tile in seen[0].items() if "BLOCK" in name)
 
 
 def paired_definition(starts: torch.Tensor, window: int) -> torch.Tensor:
@@ -123,7 +152,7 @@ def test_each_kind_of_layer_gets_its_own_mask(compiled):
     def masks_of(starts, windows, **changes) -> dict:
         config = Config(**dict(heads=4, width=32, xsa_layers=(), dtype="float32") | changes)
         blocks = GPT(config, 64).blocks
-        return attention_masks(SimpleNamespace(blocks=blocks, compiled=compiled), starts, windows)
+        return attention_masks(SimpleNamespace(blocks=blocks, compiled=compiled, config=config), starts, windows)
 
     all_kinds = dict(layers=5, value_layers=(), short_layers=(0, 1), paired_layers=(1, 3))
     nothing = torch.zeros(1, 128, dtype=torch.bool)
