@@ -23,6 +23,7 @@ import contextlib
 import difflib
 import fcntl
 import glob
+import importlib
 import json
 import math
 import os
@@ -2066,10 +2067,10 @@ def train(config, processes):
             say(f"this run is finished: {saved['path']}; --resume none starts anew, or give another --out")
         return saved["path"].parent
     with RunLog(config, processes, saved) as log:
-        log.line("\n".join([environment(processes), json.dumps(vars(config)),
-                            f"shards {json.dumps(data.fingerprints)}"]), show=False)
         cache = compile_cache(config)
         config = checked_kernels(config, processes, compiled, log)
+        log.line("\n".join([environment(processes), json.dumps(vars(config)),
+                            f"shards {json.dumps(data.fingerprints)}"]), show=False)
         model = GPT(config, data.train.vocabulary, data.prefixes, float8, compiled)
         model.to(processes.device)
         groups, progress = optimizer_groups(model, processes), Progress()
@@ -2384,6 +2385,7 @@ def for_device(config, processes):
 
 def compile_cache(config):
     """Where torch keeps compiled code: below --out, unless TORCHINDUCTOR_CACHE_DIR says otherwise."""
+    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")  # in a folder of its own
     own = str(Path(config.out, "compile_cache").absolute())
     return os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", own)
 
@@ -2391,6 +2393,8 @@ def compile_cache(config):
 def check_kernel(name, config, device):
     """Raises what goes wrong if the kernel that the setting `name` asks for cannot run here, or if its
     output or gradients, for random inputs, are not the plain one's up to rounding."""
+    importlib.import_module("flash_attn.cute" if name == "attention_kernel" else "quack.gemm_interface")
+    torch.compiler.set_stance("default")
     noise = partial(torch.randn, device=device, dtype=getattr(torch, config.dtype),
                     generator=torch.Generator(device).manual_seed(0))
     tokens, width, others = 8 * MASK_BLOCK, config.width, ()
@@ -2421,10 +2425,11 @@ def checked_kernels(config, processes, compiled, log):
                 if not compiled:
                     raise ValueError("the model is not compiled")
                 check_kernel(name, config, processes.device)
-            except Exception as error:  # whatever importing, compiling and launching may raise
-                problem = " ".join(repr(error).split())
+            except (Exception, SystemExit) as error:  # whatever importing and compiling may raise
+                problem = f"{error!r:.200}" or "it fails"
         if problem := max(processes.gather_values(problem)):
-            log.line(f"notice: {flag(name)} {plain}, not {asked}: {problem:.200}")
+            log.line(f"notice: {flag(name)} {plain}, not {asked}: {' '.join(problem.split())}; both come with "
+                     "pip install 'flash-attn-4[cu13]==4.0.0b36', for a GPU")
             config = replace(config, **{name: plain})
     return config
 
@@ -2715,7 +2720,7 @@ def checkpoint_to_resume(config, data, processes):
     if finished.parent.parent == Path(config.out):  # training again would overwrite it
         with contextlib.suppress(UserError):  # none, or a damaged one
             saved = read_checkpoint(finished)
-    theirs = identity(saved["config"]) | saved["shards"]
+    theirs = identity(saved["config"]) | dict(saved["shards"])
     ours = identity(config) | data.fingerprints
     for name in theirs | ours:
         if theirs.get(name) != ours.get(name):
@@ -2875,7 +2880,6 @@ def one_line(error):
 def main(arguments=None):
     """Run the command line. Of an error that all processes meet, process 0 speaks first."""
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # sizes vary by stage
-    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")  # keep compiled kernels
     sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))
     sys.stdout.reconfigure(errors="backslashreplace")  # file names may not be UTF-8
     try:

@@ -17,6 +17,7 @@ import tempfile
 from collections import Counter
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
@@ -76,6 +77,7 @@ def summary(events: list, steps: int) -> tuple[list[tuple[str, float, float, flo
 def recorded(config: train_gpt2.Config, stage: int, processes: train_gpt2.Processes) -> tuple[profile, int]:
     """The profile, and how many of its steps count. Raises UserError."""
     config, float8, compiled = train_gpt2.for_device(config, processes)
+    config = train_gpt2.checked_kernels(config, processes, compiled, SimpleNamespace(line=print))
     stretch = next((part for part in timing.stretches(config) if stage in part.stages), None)
     if stretch is None:
         raise train_gpt2.UserError(f"--stage {stage} has no step in a run of --steps {config.steps}")

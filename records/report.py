@@ -136,7 +136,8 @@ def read_log(path: Path, batch: int = 0) -> Run | None:
         torch=first(r"\b(?:[Pp]y)?[Tt]orch (?:version )?(\d[^\s,]*)"),
         on_fineweb=not config or "fineweb" in str(config.get("train_files")).lower(),  # public logs are
         val_targets=first(r"^notice: .*?([\d,]+) targets"),  # stated where the validation set is short
-        shards=re.sub(r'[][" ]', "", first(r"^shards (\{.*)$")))  # names, sizes and checksums: lists or texts
+        shards=re.sub(  # names, sizes and checksums, in lists or texts, once nested by part
+            r'"(train|val)": \{|(train|val) shard |[][" }]', "", first(r"^shards (\{.*)$")))
 
 
 def logs_at(path: Path) -> list[Path]:

@@ -28,6 +28,7 @@ from collections import Counter
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 from unittest import mock
 
@@ -504,6 +505,7 @@ def measure_stretch(stretch: Stretch, model: GPT, groups: dict[str, Group], stre
 def measure(config: Config, options: argparse.Namespace, processes: Processes, say) -> dict:
     """Every figure, as --json writes it; none if nothing is timed. Raises UserError."""
     config, float8, compiled = train_gpt2.for_device(config, processes)
+    config = train_gpt2.checked_kernels(config, processes, compiled, SimpleNamespace(line=say))
     device, name = processes.device, f"{torch.get_num_threads()} CPU thread(s)"
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
@@ -519,8 +521,8 @@ def measure(config: Config, options: argparse.Namespace, processes: Processes, s
         chosen = [s for s in stretches(config) if not options.stages or set(s.stages) & options.stages]
         if not options.timed_steps:
             seconds = sum(compile_stretch(stretch, model, groups, stream, processes) for stretch in chosen)
-            for stretch in chosen:
-                train_gpt2.validate(model, stream, 1, stretch.begin, Processes(0, 1, device))
+            if 0 in chosen[0].stages:  # its graphs are those of all stages
+                train_gpt2.validate(model, stream, 1, 0, Processes(0, 1, device))
             say(f"compiled in {seconds:.1f} s")
             return {}
         stages = [measure_stretch(stretch, model, groups, stream, options.timed_steps, processes, sizes, peak)
@@ -612,9 +614,10 @@ def main(arguments: list[str] | None = None) -> dict | None:
     options, config = read_options(sys.argv[1:] if arguments is None else arguments)
     if options.fit or options.gpu_memory or options.memory_only == "true":
         return predict(config, options)
-    train_gpt2.compile_cache(config)  # what is compiled here, a run finds
     processes = train_gpt2.start_processes(config)
-    if processes.device.type == "cpu":
+    if processes.device.type == "cuda":
+        train_gpt2.compile_cache(config)  # what is compiled here, a run finds
+    else:
         ready, *_ = train_gpt2.for_device(config, processes)
         need = needed_memory(ready, model_sizes(ready, vocabulary_of(ready)[0]), processes.world)
         has = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

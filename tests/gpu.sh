@@ -87,7 +87,7 @@ times='s/^(compiled in [0-9.]+ s|ms\/step .*)$/\1/p'
 verdict='s/^verdict: (.*)/\1/p'
 
 # Both recipes compile side by side, and gpt2's stages, which takes processors and not the card: recomputation has the
-# same kernels and needs little memory. Then what is timed has the card to itself, and finds them on disk.
+# same kernels and needs less memory. Then what is timed has the card to itself, and finds them on disk.
 timing=("${launch[@]}" records/timing.py "${sizes[@]}" "${data[@]}")
 step compile 200 "$times" bash -c 'for stages in 0 1 2,3; do
         "$@" --timed-steps 0 --recompute true --stages $stages & jobs+=($!)
