@@ -208,9 +208,8 @@ def test_what_breaks_a_rule_makes_the_answer_no(tmp_path, capsys, change, word):
 
 
 def test_shards_are_the_same_in_logs_of_either_form(tmp_path):
-    forms = ['{"train": {"0: a.bin": [9, 257]}}',
-             '{"train": {"0: a.bin": "9,257"}}', '{"train shard 0: a.bin": "9,257"}',
-             '{"train": {"0: a.bin": "9,25"}}']
+    forms = ['{"train": {"0: a.bin": [9, 257]}}', '{"train": {"0: a.bin": "9,257"}}',
+             '{"train shard 0: a.bin": "9,257"}', '{"train shard 0: a.bin": "9,25"}']
     logs = [write_run(tmp_path / str(i), {0: 10.8, 100: 3.2}, shards=shards) for i, shards in enumerate(forms)]
     oldest, old, new, other = (run.shards for run in report.read_runs([str(log) for log in logs]))
     assert oldest == old == new != other
