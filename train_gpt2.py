@@ -2030,7 +2030,7 @@ def training_loop(model, groups, data, processes, log, progress, received):
         stopping = may_save and reports.signal > 0
         saving = stopping or may_save and save_every > 0 and step % save_every == 0
         validating = not stopping and (
-            step in (0, config.steps) or config.val_every > 0 and step % config.val_every == 0)
+            step % (config.val_every or config.steps) == 0 or step == config.steps)
         if validating or saving:
             reports.read()
             with clock.stopped():
