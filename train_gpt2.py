@@ -1802,10 +1802,10 @@ def optimizer_groups(model, processes):
     factors = {"mlp": (MLP_RATIO**0.5, config.down_scale), "qk": (1.0,), "vo": (1.0,)}  # on updates
     for name, p in model.named_parameters():
         words = name.split(".")
-        kind = [word for word in words if not word.isdigit()][-1]
+        kind = name if words[-1].isdigit() else words[-1]  # a value table is a kind of its own
         if kind in factors:
             kind += ".late" if int(words[1]) >= config.layers // 2 else ".early"
-        members.setdefault(name if kind == "value_tables" else kind, []).append(p)
+        members.setdefault(kind, []).append(p)
 
     early, late = ({f"{kind}.{depth}": factors[kind] for kind in factors} for depth in ("early", "late"))
     tables = {name: config.adam_tables for name in reversed(members) if "value_tables" in name}
