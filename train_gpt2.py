@@ -2635,9 +2635,9 @@ def checkpoints(folder):
 
 def saved_files(*folders):
     """Checkpoints and models of these runs, the newest last: runs by the time of their last file."""
-    files = {folder: [*checkpoints(folder), *folder.glob("model.pt")] for folder in folders}
-    runs = [(max(file.stat().st_mtime for file in run), run) for run in files.values() if run]
-    return [file for _, run in sorted(runs) for file in run]
+    runs = [[*checkpoints(folder), *folder.glob("model.pt")] for folder in folders]
+    runs.sort(key=lambda run: max((file.stat().st_mtime for file in run), default=0))
+    return [file for run in runs for file in run]
 
 
 def read_checkpoint(path, wanted=None):
