@@ -2231,9 +2231,7 @@ def base_values(given):
     preset, resume = given.get("preset", "gpt2"), given.get("resume", "none")
     if resume not in ("none", "auto"):
         place = Path(os.path.expanduser(resume))
-        files = [place]
-        if place.is_dir():
-            files = saved_files(place)
+        files = saved_files(place) if place.is_dir() else [place]
         if not files:
             raise UserError(f"{place} holds no checkpoint and no model.pt; give the folder of a run that has")
         saved = newest(files)
