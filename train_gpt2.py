@@ -1925,27 +1925,19 @@ def warm_up(model, groups, data, processes):
     torch.compiler.set_stance("default")
     backup = [(tensor, tensor.to("cpu", copy=True))  # on the CPU: the GPU's peak is logged
             for group in groups.values() for tensor in (group.weights, group.gradients, *group.state)]
-    for group in groups.values():
-        group.exchanges = False
-
-    def run_stage(border):
-        batches = prefetched(step_batches(data.train, config, processes, border), device)
-        for step, batch in enumerate(islice(batches, config.adam_every), border):
-            train_step(model, groups, batch, step)
-            validate(model, data.val, 1, step, alone)
-
-    borders = stage_borders(config)[:-1]
-    for border in borders[local:local + 1]:
-        run_stage(border)
-    processes.barrier()
-    for group in groups.values():  # now all run the same steps, which connects them
-        group.exchanges = group.world > 1
-    for border in borders:
-        run_stage(border)
-    validate(model, data.val, 1, config.steps, alone)
+    borders = stage_borders(config)  # from the last, the run's end, no step is left: validation only
+    # First each process by itself, then all of them the same steps, which connects them.
+    for together, begins in ((False, borders[local:local + 1]), (True, borders)):
+        for group in groups.values():
+            group.exchanges = together and group.world > 1
+        for border in begins:
+            batches = prefetched(step_batches(data.train, config, processes, border), device)
+            for step, batch in enumerate(islice(batches, config.adam_every), border):
+                train_step(model, groups, batch, step)
+            validate(model, data.val, 1, border, alone)
+        processes.barrier()
     for tensor, original in backup:
         tensor.copy_(original)
-    processes.barrier()
     torch.compiler.set_stance("fail_on_recompile")
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
