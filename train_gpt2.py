@@ -116,7 +116,6 @@ Count = Kind(int, 1)
 Share = Kind(float, 0, 1)
 Decay = Kind(float, 0, 0.9999)
 ByStage = Kind(int, 1, 2**24, BY_STAGE)
-Factors = Kind(float, 0, 1e6, BY_STAGE)
 Layers = Kind(int, 0, 1000, range(1000))
 Cap = Kind(float, -1e6, 1e6, range(3, 4))
 AdamRates = Kind(float, 0, 0.9999, range(4, 5))  # rate, beta1, beta2, decay
@@ -203,7 +202,7 @@ class Recipe:
     adam_epsilon: Number = 1e-10 / 16_384  # added to the root of the mean squares
     adam_every: Count = 2  # steps whose gradients Adam sums for one update
     cooldown: Share = 0.6  # last share of the schedule: rates fall to the floor
-    rate_levels: Factors = (1.0, 1.52, 1.73)  # factor on all rates, by stage
+    rate_levels: Kind(float, 0, 1e6, BY_STAGE) = (1.0, 1.52, 1.73)  # factor on all rates, by stage
     rate_floor: Number = 0.15  # factor on all rates at the end
     dtype: one_of("auto", "bfloat16", "float32", "float64") = "auto"  # auto: bfloat16 if fast
 
@@ -278,11 +277,10 @@ TECHNIQUES = {  # the settings that turn each off; (its records) why it helps
 }
 
 
-HAD_BY_12 = ("unet-skips", "qk-norm", "x0-shortcut", "value-residual", "softcap")
 PRESETS = {
     "gpt2": {},
     "five-minute": dict(
-        without=TECHNIQUES.keys() - HAD_BY_12,
+        without=TECHNIQUES.keys() - {"unet-skips", "qk-norm", "x0-shortcut", "value-residual", "softcap"},
         steps=1875, tokens_per_step=(524_288,), row_tokens=(65_536,), val_every=125,
         val_row_tokens=65_536, layers=12, value_residual=True, unet_skips=True,
         rms_epsilon=2.0**-7, softcap=(30.0, 30.0, 0.0), muon_lr=0.04, down_scale=1.0,
