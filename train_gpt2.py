@@ -126,7 +126,7 @@ class Recipe:
     """The settings that decide a run's numbers, up to rounding; a checkpoint keeps them. The
     defaults are gpt2: records 1 to 83 and 88, without their custom kernels."""
 
-    preset: Text = "gpt2"  # gpt2, five-minute, tiny, gpt2-medium or gpt2-xl: where settings start
+    preset: one_of("gpt2", "five-minute", "tiny", "gpt2-medium", "gpt2-xl") = "gpt2"  # where settings start
     steps: Count = 1375  # updates in all; schedules stretch with them
     seed: Kind(int, 0, 2**63 - 1) = 0  # of initial weights and shuffling
     # data
@@ -2218,7 +2218,7 @@ def nearest(word):
 def base_values(given):
     """What the given settings override: those of a preset, or of the checkpoint to resume, whose path
     given["resume"] becomes."""
-    preset, resume = given.get("preset", "gpt2"), given.get("resume", "none")
+    resume = given.get("resume", "none")
     if resume not in ("none", "auto"):
         place = Path(os.path.expanduser(resume))
         files = saved_files(place) if place.is_dir() else [place]
@@ -2227,9 +2227,7 @@ def base_values(given):
         saved = newest(files)
         given["resume"] = str(saved["path"])
         return vars(saved["config"]) | {"out": str(saved["path"].parent.parent)}
-    if preset not in PRESETS:
-        raise UserError(f"--preset {preset} is none of {', '.join(PRESETS)}")
-    return vars(Config(**preset_values(preset)))
+    return vars(Config(**preset_values(given.get("preset", "gpt2"))))
 
 
 def check_config(config):
