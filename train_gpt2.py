@@ -1386,7 +1386,8 @@ class GPT(nn.Module):
                 outputs[i] = x
             if i in config.attention_source:  # (#77)
                 source = x
-            first_value = value if first_value is None else first_value
+            if block.gives_values:
+                first_value = value
         skipped = next(iter(outputs.values()), None)
         return self.run_exit(self.exit, x, (x0, source, before, first_embedding, skipped))
 
