@@ -2339,11 +2339,9 @@ def for_device(config, processes):
     """Resolve `auto`: the config with its dtype, whether the head trains in float8, whether the model
     is compiled. Raises UserError for what this device or so many processes cannot do."""
     on_gpu = processes.device.type == "cuda"
-    if on_gpu:
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        fast = torch.cpu._is_avx512_bf16_supported()
     if config.dtype == "auto":
+        fast = (torch.cuda.is_bf16_supported(including_emulation=False) if on_gpu
+                else torch.cpu._is_avx512_bf16_supported())
         config = replace(config, dtype="bfloat16" if fast else "float32")
 
     fits = config.dtype == "bfloat16" and config.width % 16 == config.loss_chunk % 16 == 0
