@@ -540,16 +540,16 @@ class TokenStream:
         self.first = np.cumsum([0, *(shard.tokens for shard in self.shards)])  # where shards begin; the end
         self.tokens = int(self.first[-1])
 
-    def fingerprints(self):
+    def fingerprints(self, part=""):
         """For each shard, to recognise it on resume: its header, and a checksum of 64 pieces of
-        1,024 tokens, or of all tokens if there are at most 2^20."""
+        1,024 tokens, or of all tokens if there are at most 2^20. part: how names begin."""
         found = {}
         for number, shard in enumerate(self.shards):
             size = 1024 if shard.tokens > 2**20 else -(-shard.tokens // 64)
             checksum = 0
             for start in np.linspace(0, shard.tokens - size, 64).astype(int).tolist():
                 checksum = zlib.crc32(read_tokens(shard, start, size), checksum)
-            found[f"{number}: {Path(shard.path).name}"] = spelled((*shard[1:], checksum))
+            found[f"{part}shard {number}: {Path(shard.path).name}"] = spelled((*shard[1:], checksum))
         return found
 
     def locate(self, position):
@@ -1987,17 +1987,15 @@ def open_data(config):
             raise UserError(f"{train.pattern} has no whole row of {lengths[0]} tokens to "
                             f"shuffle; make more ({shard_command(train.pattern)}), or give a shorter "
                             "--row-tokens, or --shuffle false")
-    trained, validated = train.fingerprints(), val.fingerprints()
+    trained, validated = train.fingerprints("train "), val.fingerprints("val ")
     for name, facts in validated.items():
         if facts in trained.values():
-            raise UserError(f"{name} of --val-files is among --train-files, too, or a copy of it is; "
+            raise UserError(f"{name} is among --train-files, too, or a copy of it is; "
                             "give other shards for one of them")
-    prefixes = None
+    prefixes, fingerprints = None, trained | validated
     if config.prefix_weight:
         prefixes = read_prefixes(train)
-        trained[PREFIXES] = spelled(0 if prefixes is None else zlib.crc32(prefixes))
-    fingerprints = {f"{part} shard {name}": facts for part, found in (("train", trained), ("val", validated))
-                    for name, facts in found.items()}
+        fingerprints[PREFIXES] = spelled(0 if prefixes is None else zlib.crc32(prefixes))
     return Data(train, val, min(config.val_tokens, val.tokens - 1), prefixes, fingerprints)
 
 
