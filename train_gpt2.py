@@ -2030,8 +2030,8 @@ def training_loop(model, groups, data, processes, log, progress, received):
                 if saving:
                     save_checkpoint(log, model, groups, data, processes, progress)
                 if stopping:
-                    name = signal.Signals(reports.signal).name
-                    log.line(f"stopped by {name} after step {step} of {config.steps}{log.resume_hint()}")
+                    log.line(f"stopped by {signal.Signals(reports.signal).name} after step {step} of "
+                             f"{config.steps}{log.resume_hint()}")
                     raise SystemExit(128 + reports.signal)
         if step < config.steps:
             batch = next(batches)
@@ -2074,10 +2074,9 @@ def train(config, processes):
             progress = training_loop(model, groups, data, processes, log, progress, received)
             path = log.folder and save_somewhere(log, "model.pt", contents(model, data, progress))
         processes.barrier()
-        pace = tokens_until(config.steps, config) / progress.seconds
         log.line(f"final val_loss {progress.val_loss:.4f} nats per token, training time "
-                 f"{progress.seconds:.2f} s, {pace:,.0f} tokens/s, peak memory "
-                 f"{peak_memory(processes):,.0f} MiB; all of it in {log.folder}")
+                 f"{progress.seconds:.2f} s, {tokens_until(config.steps, config) / progress.seconds:,.0f} "
+                 f"tokens/s, peak memory {peak_memory(processes):,.0f} MiB; all of it in {log.folder}")
         log.line(f"a sample of it: {tool('evals/sample.py')} {shlex.quote(str(path))}")
     return log.folder
 
