@@ -1805,9 +1805,9 @@ def optimizer_groups(model, processes):
 
     early, late = ({f"{kind}.{depth}": factors[kind] for kind in factors} for depth in ("early", "late"))
     tables = {name: config.adam_tables for name in reversed(members) if "value_tables" in name}
-    gates = config.adam_gates
+    gates, mixing, scalars = config.adam_gates, config.adam_mixing, config.adam_scalars
     rate, *betas, decay = gates
-    mixing, scalars = config.adam_mixing, config.adam_scalars
+    slow = rate / 4, *betas, decay
     single = {  # kinds with a group of their own: Adam's settings, or Muon's factors
         "head": config.adam_head, **late, **tables, "bigram_table": config.adam_tables,
         "embedding": config.adam_embedding, **early}
@@ -1817,15 +1817,13 @@ def optimizer_groups(model, processes):
             "output": mixing, "x0_mix": mixing, "bigram_mix": mixing, "xsa": mixing, "in_scale": scalars,
             "out_scale": scalars, "value_mix": scalars, "smear_mix": scalars, "skip_mix": scalars,
             "smear_gate": (0.01 * rate, *betas, 0.0), "skip_gate": (0.05 * rate, *betas, 0.0)},  # (#55)
-        "mudd": {"mudd_in": (rate / 4, *betas, decay), "mudd_out": (rate / 4, *betas, decay),
-                 "mudd_bias": (rate / 4, *betas, 0.0)}}
+        "mudd": {"mudd_in": slow, "mudd_out": slow, "mudd_bias": (rate / 4, *betas, 0.0)}}
     groups = {}
     for name, kinds in plan.items():
         found = [(p, settings) for kind, settings in kinds.items() for p in members.pop(kind, ())]
         if found:
-            optimizer, axes = Adam, 0
-            if name in single:
-                optimizer, axes = (Muon, 2) if name in early | late else (Adam, 1)
+            optimizer = Muon if name in early | late else Adam
+            axes = 2 if optimizer is Muon else 1 if name in single else 0
             groups[name] = optimizer(name, axes, *zip(*found, strict=True), model, processes)
     assert not members, f"parameters without a group: {[*members]}"
     if processes.world > 1:
