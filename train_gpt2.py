@@ -40,11 +40,12 @@ import tempfile
 import time
 import zipfile
 import zlib
+from bisect import bisect
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from datetime import timedelta
 from functools import partial
-from itertools import islice, pairwise
+from itertools import accumulate, islice, pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -537,8 +538,8 @@ class TokenStream:
             raise UserError(f"shards have different (vocabulary, separator): {kinds}; encode all alike")
         self.kind, = kinds
         self.vocabulary, self.separator = self.kind
-        self.first = np.cumsum([0, *(shard.tokens for shard in self.shards)])  # where shards begin; the end
-        self.tokens = int(self.first[-1])
+        self.first = [0, *accumulate(shard.tokens for shard in self.shards)]  # where shards begin; the end
+        self.tokens = self.first[-1]
 
     def fingerprints(self, part=""):
         """For each shard, to recognise it on resume: its header, and a checksum of 64 pieces of
@@ -555,8 +556,8 @@ class TokenStream:
     def locate(self, position):
         """The shard of a position, and the position within it."""
         position %= self.tokens
-        index = int(np.searchsorted(self.first, position, side="right")) - 1
-        return self.shards[index], position - int(self.first[index])
+        index = bisect(self.first, position) - 1
+        return self.shards[index], position - self.first[index]
 
     def read(self, position, count):
         """(count,) uint16 tokens, and (count,) bool: where a document starts."""
