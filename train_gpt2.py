@@ -2449,8 +2449,9 @@ class RunLog(contextlib.AbstractContextManager):
                 f"another process writes to {folder}; give another --out, or --resume none") from None
         if not self.text.tell():
             self.text.write(script_text() + "\n" + "=" * 100 + "\n")
-        self.folder, done = folder, saved["progress"].step if saved else 0
-        self.bar = tqdm(total=config.steps, initial=done, unit="step", disable=None)
+        self.folder = folder
+        self.bar = tqdm(total=config.steps, initial=saved["progress"].step if saved else 0, unit="step",
+                        disable=None)
 
     def __exit__(self, _kind, error, _trace):
         if self.folder:
@@ -2770,10 +2771,9 @@ def caught_signals():
                 os.write(sys.stderr.fileno(), b"\nstopping after this step; one more Ctrl-C ends at once\n")
 
     # The last three are how clusters warn. What nohup ignores stays ignored.
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP,
-               signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
-    before = {number: signal.signal(number, note) for number in numbers
-              if signal.getsignal(number) is not signal.SIG_IGN}
+    before = {number: signal.signal(number, note) for number in (
+        signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
+        if signal.getsignal(number) is not signal.SIG_IGN}
     try:
         yield received
     finally:
