@@ -2002,7 +2002,7 @@ def training_loop(model, groups, data, processes, log, progress, received):
     """The remaining steps, with their validations and checkpoints. Raises UserError for
     numbers that are not finite; after a signal, which `received` holds, SystemExit with 128
     + its number."""
-    config, first = model.config, progress.step
+    config, first, val_loss = model.config, progress.step, progress.val_loss
     save_every = -(-config.save_every // config.adam_every) * config.adam_every  # when Adam has updated
     batches = step_batches(data.train, config, processes)
     for _ in range(first):  # skip the steps done, before the clock runs
@@ -2019,13 +2019,13 @@ def training_loop(model, groups, data, processes, log, progress, received):
         if validating or saving:
             reports.read()
             with clock.stopped():
-                progress = progress._replace(step=step, seconds=clock.seconds)
                 if validating:
-                    loss = validate(model, data.val, data.val_tokens, step, processes)
-                    if not math.isfinite(loss):
-                        raise UserError(f"the validation loss after step {step} is {loss}")
-                    log.record(step, clock.seconds, "val_loss", loss, peak_memory_mib=peak_memory(processes))
-                    progress = progress._replace(val_loss=loss)
+                    val_loss = validate(model, data.val, data.val_tokens, step, processes)
+                    if not math.isfinite(val_loss):
+                        raise UserError(f"the validation loss after step {step} is {val_loss}")
+                    log.record(
+                        step, clock.seconds, "val_loss", val_loss, peak_memory_mib=peak_memory(processes))
+                progress = Progress(step, clock.seconds, val_loss)
                 if saving:
                     save_checkpoint(log, model, groups, data, processes, progress)
                 if stopping:
