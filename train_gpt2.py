@@ -1001,12 +1001,12 @@ class Entrance(nn.Module):
         static = range(config.layers - config.mudd)  # in the last layer, MUDD decides
         attending = [i for i in static if i not in config.attention_free]
         self.x0_layers = {"blocks": [*static], "sublayers": attending, "none": []}[config.mixing]
-        self.bigram_layers = [i for i in attending if i > 0] if config.bigram else []
+        self.bigram_layers = [i for i in attending if i > 0 and config.bigram]
         self.epsilon = config.rms_epsilon
         scalar = partial(parameter, dtype=wide(dtype))
         self.x0_mix = scalar(len(self.x0_layers), used=self.x0_layers)
-        count = 1 + len(self.bigram_layers)  # the first is for x0 itself
-        self.bigram_mix = scalar(count, first=BIGRAM_INIT, used=config.bigram > 0)
+        self.bigram_mix = scalar(  # the first is for x0 itself
+            1 + len(self.bigram_layers), first=BIGRAM_INIT, used=config.bigram)
         self.smear_mix = scalar(used=config.smear)
         self.smear_gate = scalar(min(GATE_CHANNELS, config.width), used=config.smear)
 
