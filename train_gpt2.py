@@ -2448,7 +2448,7 @@ class RunLog(contextlib.AbstractContextManager):
             raise UserError(
                 f"another process writes to {folder}; give another --out, or --resume none") from None
         if not self.text.tell():
-            self.text.write(script_text() + "\n" + "=" * 100 + "\n")
+            self.text.write(f"{script_text()}\n{'=' * 100}\n")
         self.folder = folder
         self.bar = tqdm(total=config.steps, initial=saved["progress"].step if saved else 0, unit="step",
                         disable=None)
