@@ -1379,7 +1379,8 @@ class GPT(nn.Module):
             mask = masks.get((block.short, block.paired))  # None without attention
             if i in self.table_of:
                 value_embedding = TableRows.apply(self.value_tables[self.table_of[i]], inputs, by_row)
-                first_embedding = value_embedding if first_embedding is None else first_embedding
+                if first_embedding is None:
+                    first_embedding = value_embedding
             skip = outputs.get(skips.get(i))  # None, unless one ends here
             x, value = run(block, x, shared, mask, injected.pop(i, None), skip, source,
                            value_embedding, first_value)
