@@ -2198,9 +2198,9 @@ def parse_command_line(arguments):
     for one, other in (("train", "val"), ("val", "train")):  # one pattern gives the other
         if pattern := given.get(f"{one}_files"):
             given.setdefault(f"{other}_files", re.sub(f"{one}(?=[^/]*$)", other, pattern))
-    if "out" in given:
-        given["out"] = os.path.expanduser(given["out"])
-    return check_config(Config(**values | given))
+    values |= given
+    values["out"] = os.path.expanduser(values["out"])
+    return check_config(Config(**values))
 
 
 def nearest(word):
