@@ -1880,8 +1880,7 @@ def train_step(model, groups, batch, step):
     """
     config, phase = model.config, phase_at(step, model.config)
     due = [group for group in groups.values() if group.is_due(step)]
-    total = torch.zeros((), dtype=wide(model.dtype), device=batch.inputs.device)
-    micros = micro_batches(batch, config)
+    total, micros = 0, micro_batches(batch, config)
     for micro in micros:
         if micro is micros[-1]:
             for group in due:
