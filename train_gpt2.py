@@ -1520,8 +1520,7 @@ class ChunkedLoss(torch.autograd.Function):
             return x.to(dtype), x.to(dtype).mT
 
         head_rows, head_columns = both_ways(head, HEAD_UNIT)
-        by_hidden, by_head = [], None
-        total, next_token = torch.zeros((2,), dtype=wide(dtype), device=hidden.device)
+        by_hidden, by_head, total, next_token = [], None, 0, 0
         chunks = zip(hidden.split(config.loss_chunk), targets.split(config.loss_chunk), strict=True)
         for chunk, chunk_targets in chunks:
             z = rows = columns = None  # the memory of the chunk before is free for this one
@@ -1535,7 +1534,7 @@ class ChunkedLoss(torch.autograd.Function):
             rows, columns = model.run_gradient(
                 z, normaliser, chunk_targets, weights, config.softcap, float8)
             by_hidden.append(product(rows, head_columns, GRADIENT_UNIT * HEAD_UNIT, dtype))
-            part = product(columns, hidden_columns, GRADIENT_UNIT * HIDDEN_UNIT, total.dtype)
+            part = product(columns, hidden_columns, GRADIENT_UNIT * HIDDEN_UNIT, wide(dtype))
             by_head = part if by_head is None else by_head.add_(part)
         if with_gradient:
             ctx.save_for_backward(torch.cat(by_hidden), by_head.to(head.dtype))
