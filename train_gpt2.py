@@ -762,8 +762,8 @@ def block_mask(first_key, size=MASK_BLOCK):
     reach = first_key[:, ::size] // size  # (R, N), N = T / size, as all below
     inside = torch.minimum((first_key[:, size - 1::size] + (size - 1)) // size, block)
     diagonal = block.expand(rows, -1).contiguous()
-    full_end = torch.searchsorted(inside.contiguous(), diagonal, right=True, out_int32=True)
-    partial_end = torch.searchsorted(reach.contiguous(), diagonal, right=True, out_int32=True)
+    full_end = torch.searchsorted(inside, diagonal, right=True, out_int32=True)
+    partial_end = torch.searchsorted(reach, diagonal, right=True, out_int32=True)
 
     def listed(begin, end, with_diagonal):
         """Intervals -> lengths (R, 1, N) and block numbers (R, 1, N, N). with_diagonal: 1, the
