@@ -581,7 +581,7 @@ def read_prefixes(stream):
                         "--prefix-weight 0")
     prefixes = np.fromfile(path, "<i4")
     count = stream.vocabulary
-    if os.path.getsize(path) != 4 * count or prefixes.min() < -1 or prefixes.max() >= count:
+    if len(prefixes) != count or prefixes.min() < -1 or prefixes.max() >= count:
         raise damaged(path, f"is not {count} tokens or -1 as int32")
     return prefixes if prefixes.max() >= 0 else None
 
