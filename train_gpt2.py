@@ -963,8 +963,7 @@ class Mudd(nn.Module):
         ten times its weight, so that an update of it moves the weight by a tenth."""
         super().__init__()
         self.counts, values = [len(part) for part in initial], sum(initial, ())
-        first = uniform(MUDD_WIDTH, config.width, spread=3**-0.5, draw=draw)
-        self.mudd_in = nn.Parameter(first.to(dtype))
+        self.mudd_in = nn.Parameter(uniform(MUDD_WIDTH, config.width, spread=3**-0.5, draw=draw).to(dtype))
         self.mudd_out = parameter(len(values), MUDD_WIDTH, dtype=dtype)
         self.mudd_bias = nn.Parameter((10 * torch.tensor(values, dtype=torch.float64)).to(dtype))
 
@@ -1369,8 +1368,8 @@ class GPT(nn.Module):
             signs = F.embedding(sign_rows(inputs, len(self.signs)), self.signs)
         x0, bigram, injected = self.run_entrance(self.entrance, embedding, bigram, signs)
         positions = inputs.shape[1] * (2 if config.paired_layers else 1)
-        channels, _ = head_channels(config)
-        factors = rotary_tables(self.frequencies[phase.stage], positions, channels, self.dtype)
+        factors = rotary_tables(
+            self.frequencies[phase.stage], positions, config.width // config.heads, self.dtype)
         shared = Shared(x0, bigram, *factors, self.scales[phase.stage])
         x, outputs = x0, {}
         source = first_value = first_embedding = None
@@ -1917,7 +1916,6 @@ def warm_up(model, groups, data, processes):
     these kernels on disk. From here on a recompilation is an error: none can hide in the timed region."""
     begin = time.perf_counter()
     config, device = model.config, processes.device
-    alone = Processes(0, 1, device)
     local = int(os.environ.get("LOCAL_RANK", "0"))
     torch.compiler.set_stance("default")
     backup = [(tensor, tensor.to("cpu", copy=True))  # on the CPU: the GPU's peak is logged
@@ -1931,7 +1929,7 @@ def warm_up(model, groups, data, processes):
             batches = prefetched(step_batches(data.train, config, processes, border), device)
             for step, batch in enumerate(islice(batches, config.adam_every), border):
                 train_step(model, groups, batch, step)
-            validate(model, data.val, 1, border, alone)
+            validate(model, data.val, 1, border, Processes(0, 1, device))
         processes.barrier()
     for tensor, original in backup:
         tensor.copy_(original)
