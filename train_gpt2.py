@@ -2051,8 +2051,8 @@ def train(config, processes):
     with RunLog(config, processes, saved) as log:
         cache = compile_cache(config)
         config = checked_kernels(config, processes, compiled, log)
-        log.line("\n".join([environment(processes), json.dumps(vars(config)),
-                            f"shards {json.dumps(data.fingerprints)}"]), show=False)
+        log.line(f"{environment(processes)}\n{json.dumps(vars(config))}\n"
+                 f"shards {json.dumps(data.fingerprints)}", show=False)
         model = GPT(config, data.train.vocabulary, data.prefixes, float8, compiled)
         model.to(processes.device)
         groups, progress = optimizer_groups(model, processes), Progress()
