@@ -561,11 +561,12 @@ class TokenStream:
 
     def read(self, position, count):
         """(count,) uint16 tokens, and (count,) bool: where a document starts."""
-        tokens = np.empty(0, np.uint16)
-        while len(tokens) < count:
-            shard, inside = self.locate(position + len(tokens))
-            left = min(count - len(tokens), shard.tokens - inside)
-            tokens = np.append(tokens, read_tokens(shard, inside, left))
+        tokens, filled = np.empty(count, np.uint16), 0
+        while filled < count:
+            shard, inside = self.locate(position + filled)
+            part = read_tokens(shard, inside, min(count - filled, shard.tokens - inside))
+            tokens[filled:filled + len(part)] = part
+            filled += len(part)
         starts = tokens == self.separator
         starts[-position % self.tokens::self.tokens] = True  # the stream's first token
         return tokens, starts
