@@ -582,7 +582,7 @@ def read_prefixes(stream):
                         "--prefix-weight 0")
     prefixes = np.fromfile(path, "<i4")
     count = stream.vocabulary
-    if len(prefixes) != count or prefixes.min() < -1 or prefixes.max() >= count:
+    if os.path.getsize(path) != 4 * count or prefixes.min() < -1 or prefixes.max() >= count:
         raise damaged(path, f"is not {count} tokens or -1 as int32")
     return prefixes if prefixes.max() >= 0 else None
 
@@ -717,21 +717,6 @@ def holds_run(stream, config):
 
 MASK_BLOCK, SMALL_BLOCK = 128, 64  # sides of the mask's blocks, in tokens
 
-# Options of FlexAttention's kernels for small blocks, by dtype and K. In the three stages of gpt2 they
-# visit 24, 14 and 11 % less than with blocks of 128. On those these tiles took 0.385 ms forward on an H100,
-# its own 0.431, and 1.62 ms both ways, with its own backward 1.58.
-SMALL_TILES = {(torch.bfloat16, 128): {
-    "fwd_BLOCK_M": 64, "fwd_BLOCK_N": 64, "fwd_num_stages": 3, "fwd_num_warps": 4,
-    "bwd_BLOCK_M1": 64, "bwd_BLOCK_N1": 64, "bwd_BLOCK_M2": 64, "bwd_BLOCK_N2": 64,
-    "bwd_num_stages": 2, "bwd_num_warps": 4,
-    "SPARSE_Q_BLOCK_SIZE": SMALL_BLOCK, "SPARSE_KV_BLOCK_SIZE": SMALL_BLOCK}}
-
-
-def block_size(config):
-    """The side of the mask's blocks in a compiled model that trains."""
-    kind = getattr(torch, config.dtype), head_channels(config)[0]
-    return SMALL_BLOCK if kind in SMALL_TILES and config.attention_kernel == "triton" else MASK_BLOCK
-
 
 def document_starts(starts):
     """(R, T) bool -> (R, T) int32: where the document of each token starts in its row."""
@@ -776,7 +761,7 @@ def block_mask(first_key, size=MASK_BLOCK):
 
     partial, full = listed(reach, inside, 1), listed(inside, diagonal, 0)
     partial_of_keys, full_of_keys = listed(full_end, partial_end, 1), listed(diagonal + 1, full_end, 0)
-    # torch refuses blocks smaller than its own tiles, even where SMALL_TILES replaces both.
+    # torch refuses blocks smaller than its own tiles, even where SMALL_TILES, below, replaces both.
     return BlockMask((tokens, tokens), *partial, *full, *partial_of_keys, *full_of_keys,
                      BLOCK_SIZE=(MASK_BLOCK, MASK_BLOCK), mask_mod=interval_rule(first_key))
 
@@ -793,6 +778,22 @@ def span_mask(first_key, block=2 * MASK_BLOCK):
         visible = rule(row[:, None, None, None], None, position[queries, None], position[keys])
         spans.append((queries, keys, visible))
     return spans
+
+
+# Options of FlexAttention's kernels for small blocks, by dtype and K. In the three stages of gpt2 they
+# visit 75, 85 and 87 % of what they do with blocks of 128 (records/parts.py). With those, these tiles took
+# 1.62 ms both ways on an H100, its own 1.58 (records/2026-11-26_new_recipe_steps_1_h100).
+SMALL_TILES = {(torch.bfloat16, 128): {
+    "fwd_BLOCK_M": 64, "fwd_BLOCK_N": 64, "fwd_num_stages": 3, "fwd_num_warps": 4,
+    "bwd_BLOCK_M1": 64, "bwd_BLOCK_N1": 64, "bwd_BLOCK_M2": 64, "bwd_BLOCK_N2": 64,
+    "bwd_num_stages": 2, "bwd_num_warps": 4,
+    "SPARSE_Q_BLOCK_SIZE": SMALL_BLOCK, "SPARSE_KV_BLOCK_SIZE": SMALL_BLOCK}}
+
+
+def block_size(config):
+    """The side of the mask's blocks in a compiled model that trains."""
+    kind = getattr(torch, config.dtype), head_channels(config)[0]
+    return SMALL_BLOCK if kind in SMALL_TILES and config.attention_kernel == "triton" else MASK_BLOCK
 
 
 # By attention kernel. FlashAttention compiles its kernels once per name: a name that describes what
@@ -928,6 +929,14 @@ def compiled_if(compiled, function, **options):
     return torch.compile(function, dynamic=False, fullgraph=True, options=options)
 
 
+def mlp(x, up, down, kernel="torch"):
+    """ReLU^2 MLP (Primer), (R, T, D) -> (R, T, D). up and down, transposed: (4 D, D). kernel: as in
+    Config."""
+    if kernel == "quack" and torch.compiler.is_compiling():
+        return FusedMLP.apply(x, up, down)
+    return F.linear(x, up).relu().square() @ down
+
+
 class FusedMLP(torch.autograd.Function):
     """`mlp` by quack-kernels: the products apply ReLU^2, and its derivative, to what they hold in
     registers (#59). Saves five passes over (R T, 4 D); the hidden layer is computed again, not kept."""
@@ -946,14 +955,6 @@ class FusedMLP(torch.autograd.Function):
         gradient = gradient.flatten(0, 1)
         by_before, hidden = gemm_dact(gradient, down.mT, before, activation="relu_sq", tuned=False)
         return (by_before @ up).view_as(x), by_before.mT @ x.flatten(0, 1), hidden.mT @ gradient
-
-
-def mlp(x, up, down, kernel="torch"):
-    """ReLU^2 MLP (Primer), (R, T, D) -> (R, T, D). up and down, transposed: (4 D, D). kernel: as in
-    Config."""
-    if kernel == "quack" and torch.compiler.is_compiling():
-        return FusedMLP.apply(x, up, down)
-    return F.linear(x, up).relu().square() @ down
 
 
 class Mudd(nn.Module):
@@ -1661,12 +1662,14 @@ class Group:
 # value in (0, 1] towards 1. Polar Express (#38): each is optimal for what those before it leave.
 ORTHOGONALISERS = {
     "newton-schulz": (1.0, 5 * ((3.4445, -4.7750, 2.0315),)),
-    "polar-express": (1.02, (
-        (8.156554524902461, -22.48329292557795, 15.878769915207462),
-        (4.042929935166739, -2.808917465908714, 0.5000178451051316),
-        (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
-        (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
-        (2.3465413258596377, -1.7097828382687081, 0.42323551169305323))),
+    "polar-express": (1.02, tuple(zip(  # a of the five iterations, then b, then c
+        (8.156554524902461, 4.042929935166739, 3.8916678022926607,
+         3.285753657755655, 2.3465413258596377),
+        (-22.48329292557795, -2.808917465908714, -2.772484153217685,
+         -2.3681294933425376, -1.7097828382687081),
+        (15.878769915207462, 0.5000178451051316, 0.5060648178503393,
+         0.46449024233003106, 0.42323551169305323),
+        strict=True))),
     "none": (1.0, ()),
 }
 
@@ -1913,8 +1916,8 @@ def validate(model, stream, tokens, step, processes):
 
 def warm_up(model, groups, data, processes):
     """Compile everything in throw-away steps of every stage, restore every number, return the
-    seconds it took. The first four processes of a machine compile one stage each; then all find
-    these kernels on disk. From here on a recompilation is an error: none can hide in the timed region."""
+    seconds it took. The first processes of a machine compile one stage each; then all find these
+    kernels on disk. From here on a recompilation is an error: none can hide in the timed region."""
     begin = time.perf_counter()
     config, device = model.config, processes.device
     local = int(os.environ.get("LOCAL_RANK", "0"))
@@ -2066,7 +2069,9 @@ def train(config, processes):
             log.line(f"resumed after step {progress.step} from {saved['path']}")
         if compiled:
             log.line(f"compiling, untimed: seconds if {cache} holds the code, else minutes")
-            log.line(f"compiled in {warm_up(model, groups, data, processes):.0f} s")
+            seconds = warm_up(model, groups, data, processes)
+            graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+            log.line(f"compiled in {seconds:.0f} s: {graphs} graphs, besides those backward")
         with caught_signals() as received:
             progress = training_loop(model, groups, data, processes, log, progress, received)
             path = log.folder and save_somewhere(log, "model.pt", contents(model, data, progress))
@@ -2370,7 +2375,7 @@ def check_kernel(name, config, device):
     """Raises what goes wrong if the kernel that the setting `name` asks for cannot run here, or if its
     output or gradients, for random inputs, are not the plain one's up to rounding."""
     importlib.import_module("flash_attn.cute" if name == "attention_kernel" else "quack.gemm_interface")
-    torch.compiler.set_stance("default")
+    torch.compiler.set_stance("default")  # an earlier run of this process may have changed it
     noise = partial(torch.randn, device=device, dtype=getattr(torch, config.dtype),
                     generator=torch.Generator(device).manual_seed(0))
     tokens, width, others = 8 * MASK_BLOCK, config.width, ()

@@ -1,4 +1,4 @@
-"""Speed of the two parts that run on the host, on one core: the block masks and the loader.
+"""Speed of the block masks and of the loader, on one core; and how much smaller blocks of the mask save.
 
     python records/parts.py
 """
@@ -14,11 +14,12 @@ import torch
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parent / "data"), str(HERE)]
 from text import Encoding, Parser, write_shard  # noqa: E402
-from timing import documents, made_up_tokens  # noqa: E402
+from timing import attending, documents, made_up_tokens  # noqa: E402
 
 from train_gpt2 import (  # noqa: E402
     GPT2_SEPARATOR,
     GPT2_VOCABULARY,
+    MASK_BLOCK,
     SMALL_BLOCK,
     Config,
     TokenStream,
@@ -26,9 +27,11 @@ from train_gpt2 import (  # noqa: E402
     first_visible_key,
     preset_values,
     row_lengths,
+    stage_borders,
     training_row,
     validation_rows,
     value_at,
+    windows_at,
 )
 
 ROW, ROWS = 65_536, 64  # tokens; rows that the loader reads
@@ -52,6 +55,23 @@ def packed(stream: TokenStream, config: Config) -> int:
     return ROWS * ROW
 
 
+def visited(stream: TokenStream, config: Config, stage: int) -> float:
+    """How much of what FlexAttention visits with blocks of 128 it visits with blocks of 64, over all layers."""
+    lengths, tokens = row_lengths(stage, config), {MASK_BLOCK: 0, SMALL_BLOCK: 0}
+    starts, position = [], 0
+    while len(starts) * lengths[0] < value_at(config.tokens_per_step, stage):
+        _, begins, position = training_row(stream, position, lengths, config)
+        starts.append(torch.from_numpy(begins[:-1]))
+    windows = windows_at(stage_borders(config)[stage], config)
+    for (short, paired), layers in attending(config).items():
+        first_key = first_visible_key(documents(torch.stack(starts), paired), windows[short])
+        for side in tokens:
+            mask = block_mask(first_key, side)
+            blocks = int(mask.kv_num_blocks.sum() + mask.full_kv_num_blocks.sum())
+            tokens[side] += layers * blocks * side**2 // (1 + paired)  # half as many heads
+    return tokens[SMALL_BLOCK] / tokens[MASK_BLOCK]
+
+
 def main() -> None:
     torch.set_num_threads(1)
     starts = torch.from_numpy(made_up_tokens(ROW) == GPT2_SEPARATOR)[None]
@@ -72,6 +92,8 @@ def main() -> None:
                 ("rows cut where they end, the rest continued", lambda: packed(stream, cut))):
             speed = ROWS * ROW / best_of(3, read) / 1e6
             print(f"loader, {name}: {speed:.0f} million tokens/s from the page cache on one core")
+        shares = ", ".join(f"{visited(stream, whole, stage):.3f}" for stage in range(3))
+        print(f"attention visits with blocks of 64, by stage: {shares} of what it does with blocks of 128")
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@
 #
 #   --corpus    shards *_train_*.bin and *_val_*.bin; without, times are those of made-up tokens and nothing is trained
 #   --out       where logs and the table go (default logs/gpu-DATE)
-#   --only      some of: compile, time-five-minute, time-gpt2, kernels, libraries (the last stage with flash-attn-4, where
-#               it is installed), train-five-minute, train-gpt2, tests, peers
+#   --only      some of: compile, time-five-minute, time-gpt2, kernels, libraries (the last stage with flash-attn-4,
+#               where it is installed), train-five-minute, train-gpt2, tests, peers
 #   --peers     files *.args, each with options of records/bench.py, one a line, as seen from that folder
 #   --patience  limits times N: all of it takes eight minutes at most (ten more for each comparison)
 #   --device    cpu: the same steps in small, to try this script
