@@ -118,12 +118,16 @@ ONE_KIND = dict(layers=2, width=256, heads=2, paired_layers=(), short_layers=(),
                 gated_skip=(), attention_source=(), xsa_layers=())
 
 
-def test_blocks_are_small_where_their_tiles_are_known():
-    """A mask of small blocks goes with their tiles, and no other."""
-    seen = []
-    for changes, size in (({}, 64), ({"dtype": "float32"}, 128), ({"heads": 4}, 128),
-                          ({"attention_kernel": "flash"}, 128)):
+def test_blocks_are_small_where_their_tiles_are_known(monkeypatch):
+    """A mask of small blocks goes with their tiles, and no other. They were timed on Hopper, compute capability
+    (9, 0), alone."""
+    seen, hopper = [], (9, 0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for changes, capability, size in (
+            ({}, hopper, 64), ({"dtype": "float32"}, hopper, 128), ({"heads": 4}, hopper, 128),
+            ({"attention_kernel": "flash"}, hopper, 128), ({}, (8, 9), 128), ({}, (12, 0), 128)):
         config = Config(**{"dtype": "bfloat16"} | ONE_KIND | changes)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None, found=capability: found)
         assert block_size(config) == size
         model = SimpleNamespace(blocks=GPT(config, 64).blocks, compiled=True, config=config)
         for training, expected in ((True, size), (False, MASK_BLOCK)):  # validation has long rows, and few
@@ -135,7 +139,7 @@ def test_blocks_are_small_where_their_tiles_are_known():
         with mock.patch.object(train_gpt2, "flex_attention", lambda *_, kernel_options, **__: seen.append(
                 kernel_options)):
             attention(query, query, query, mask, config.attention_kernel)
-    assert seen == [SMALL_TILES[torch.bfloat16, 128], {}, {}, {"BACKEND": "FLASH"}]
+    assert seen == [SMALL_TILES[torch.bfloat16, 128], {}, {}, {"BACKEND": "FLASH"}, {}, {}]
     assert seen[0]["SPARSE_Q_BLOCK_SIZE"] == seen[0]["SPARSE_KV_BLOCK_SIZE"] == 64
     assert all(64 % tile == 0 for name, tile in seen[0].items() if "BLOCK" in name)
 
