@@ -1919,8 +1919,8 @@ def validate(model, stream, tokens, step, processes):
 
 def warm_up(model, groups, data, processes):
     """Compile everything in throw-away steps of every stage, restore every number, return the
-    seconds it took. The first processes of a machine compile one stage each; then all find these
-    kernels on disk. From here on a recompilation is an error: none can hide in the timed region."""
+    seconds it took. The processes of a machine compile one stage each; then all find these kernels on
+    disk. From here on a recompilation is an error: none can hide in the timed region."""
     begin = time.perf_counter()
     config, device = model.config, processes.device
     local = int(os.environ.get("LOCAL_RANK", "0"))
@@ -1928,10 +1928,13 @@ def warm_up(model, groups, data, processes):
     backup = [(tensor, tensor.to("cpu", copy=True))  # on the CPU: the GPU's peak is logged
             for group in groups.values() for tensor in (group.weights, group.gradients, *group.state)]
     borders = stage_borders(config)  # from the last, the run's end, no step is left: validation only
-    # First each process by itself, then all of them the same steps, which connects them.
-    for together, begins in ((False, borders[local:local + 1]), (True, borders)):
+    # First each process by itself, then all of them the same steps, which connects them. Those from the
+    # fourth on share a stage with an earlier one: they compile each backward graph right after its forward
+    # graph, the earlier one all forward graphs first, and both meet in the middle.
+    for together, begins in ((False, [borders[local % len(borders)]]), (True, borders)):
         for group in groups.values():
             group.exchanges = together and group.world > 1
+        torch._functorch.config.force_non_lazy_backward_lowering = not together and local >= STAGES
         for border in begins:
             batches = prefetched(step_batches(data.train, config, processes, border), device)
             for step, batch in enumerate(islice(batches, config.adam_every), border):

@@ -116,9 +116,11 @@ def test_warm_up_shares_stages_and_puts_numbers_back(corpus, tmp_path):
 
 @pytest.mark.slow
 def test_a_second_process_finds_compiled_code_on_disk(tmp_path):
-    results = [together(tmp_path / str(turn), 1, compiled, tmp_path / "cache")[0] for turn in range(2)]
-    (hits, misses, value), (more, fewer, again) = (result.out.split() for result in results)
-    assert (int(hits), int(fewer)) == (0, 0) and int(misses) > 0 and int(more) == int(misses) and value == again
+    """Also if it compiles backward passes at once, and not after all forward ones."""
+    results = [together(tmp_path / backward, 1, compiled, tmp_path / "cache", backward)[0]
+               for backward in ("later", "at once")]
+    (hits, misses, *values), (more, fewer, *again) = (result.out.split() for result in results)
+    assert (int(hits), int(fewer), int(misses)) == (0, 0, 3) and int(more) == 3 and values == again
 
 
 @pytest.mark.parametrize("what", ["weight", "loss"])

@@ -297,14 +297,19 @@ def warm(*arguments: str) -> None:
     train_gpt2.dist.destroy_process_group()
 
 
-def compiled(cache: str) -> None:
-    """One update of Adam and one compiled block. Prints how often torch's cache on disk was hit and missed."""
+def compiled(cache: str, backward: str) -> None:
+    """One update of Adam, and an MLP with its backward pass. Prints how often torch's cache on disk was hit and
+    missed, and numbers that came out."""
     os.environ.update(TORCHINDUCTOR_CACHE_DIR=cache, TORCHINDUCTOR_COMPILE_THREADS="1")
     from torch._dynamo.utils import counters
+    torch._functorch.config.force_non_lazy_backward_lowering = backward == "at once"
     tensors = [torch.ones(64, 8) for _ in range(4)]
     settings = torch.ones(64, 4) / 2
     train_gpt2.compiled_if(True, train_gpt2.adam_update)(*tensors, settings, torch.ones(()), torch.ones(()), 1e-8)
-    print(*(counters["inductor"][f"fxgraph_cache_{kind}"] for kind in ("hit", "miss")), tensors[0].sum().item())
+    matrices = [torch.ones(1, 16, 8), *(torch.ones(32, 8, requires_grad=True) for _ in range(2))]
+    train_gpt2.compiled_if(True, train_gpt2.mlp)(*matrices).sum().backward()
+    print(*(counters["inductor"][f"fxgraph_cache_{kind}"] for kind in ("hit", "miss")), tensors[0].sum().item(),
+          matrices[1].grad.sum().item())
 
 
 if __name__ == "__main__":  # under torchrun
