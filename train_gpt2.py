@@ -1930,15 +1930,17 @@ def warm_up(model, groups, data, processes):
     borders = stage_borders(config)  # from the last, the run's end, no step is left: validation only
     # First each process by itself, then all of them the same steps, which connects them. Those from the
     # fourth on share a stage with an earlier one: they compile each backward graph right after its forward
-    # graph, the earlier one all forward graphs first, and both meet in the middle.
+    # graph, the earlier one all forward graphs first, and both meet in the middle; so in the updates.
     for together, begins in ((False, [borders[local % len(borders)]]), (True, borders)):
+        shared = not together and local >= STAGES
+        torch._functorch.config.force_non_lazy_backward_lowering = shared
+        in_turn = dict(reversed(groups.items())) if shared else groups
         for group in groups.values():
             group.exchanges = together and group.world > 1
-        torch._functorch.config.force_non_lazy_backward_lowering = not together and local >= STAGES
         for border in begins:
             batches = prefetched(step_batches(data.train, config, processes, border), device)
             for step, batch in enumerate(islice(batches, config.adam_every), border):
-                train_step(model, groups, batch, step)
+                train_step(model, in_turn, batch, step)
             validate(model, data.val, 1, border, Processes(0, 1, device))
         processes.barrier()
     for tensor, original in backup:

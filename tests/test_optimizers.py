@@ -502,18 +502,21 @@ def test_warm_up_leaves_no_trace(tmp_path, fresh_compiler, steps):
 
 
 def test_processes_of_a_machine_share_the_stages_in_the_warm_up(tmp_path, fresh_compiler, monkeypatch):
-    """First each has one; a process that shares it with an earlier one compiles backward graphs at once."""
+    """First each has one; a process that shares it with an earlier one compiles backward graphs at once, and updates
+    from the last."""
     model, groups, data = small_run(tmp_path, steps=12, tokens_per_step=(64,), row_tokens=(64,))
     options, calls = torch._functorch.config, []
-    monkeypatch.setattr(train_gpt2, "train_step", lambda *anything: calls.append(
-        (anything[3], options.force_non_lazy_backward_lowering)))
+    monkeypatch.setattr(train_gpt2, "train_step", lambda _, groups, batch, step: calls.append(
+        (step, options.force_non_lazy_backward_lowering, next(iter(groups)))))
     monkeypatch.setattr(train_gpt2, "validate", lambda *anything: None)
-    together = [(step, False) for begin in (0, 3, 6, 9) for step in (begin, begin + 1)]
+    front, back = next(iter(groups)), next(reversed(groups))
+    together = [(step, False, front) for begin in (0, 3, 6, 9) for step in (begin, begin + 1)]
     for rank, (begin, at_once) in enumerate(
             [(0, False), (3, False), (6, False), (9, True), (None, True), (0, True), (3, True), (6, True)]):
         monkeypatch.setenv("LOCAL_RANK", str(rank))
         warm_up(model, groups, data, ALONE)
-        own = [] if begin is None else [(begin, at_once), (begin + 1, at_once)]  # the fifth only validates
+        steps = [] if begin is None else [begin, begin + 1]  # the fifth only validates
+        own = [(step, at_once, back if at_once else front) for step in steps]
         assert calls == own + together
         calls.clear()
     assert not options.force_non_lazy_backward_lowering
