@@ -15,7 +15,7 @@ Importing this file does nothing. A run's state is the model's parameters, the o
 and a Progress; its settings are a frozen Config. (#49) means that record 49 of the speedrun brought
 a technique.
 Shapes: R rows of T tokens, D width, H heads, K = D / H, V vocabulary. An argument given by its shape
-is a tensor; `config` is always a Config, `model` a GPT, `step` counts from 0.
+is a tensor; `config` is always a Config, `model` a GPT, `step` the number of updates before.
 """
 
 import argparse
@@ -95,7 +95,7 @@ STAGES = 3  # equal parts of the schedule; the extension after them is one more
 
 class Kind(NamedTuple):
     """What a setting takes: any text, one of `choices`, a number from `low` to `high`, or as many
-    numbers as `lengths` allows. The comment beside a setting is its help."""
+    numbers as `lengths` allows. The comment on a setting's line is its help."""
 
     of: type
     low: float = 0
@@ -119,7 +119,7 @@ Decay = Kind(float, 0, 0.9999)
 ByStage = Kind(int, 1, 2**24, BY_STAGE)
 Layers = Kind(int, 0, 1000, range(1000))
 Cap = Kind(float, -1e6, 1e6, range(3, 4))
-AdamRates = Kind(float, 0, 0.9999, range(4, 5))  # rate, beta1, beta2, decay
+AdamRates = Kind(float, 0, 0.9999, range(4, 5))  # rate, beta1, beta2, weight decay
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ class Recipe:
     document_tokens: Kind(int, 0, 2**24, BY_STAGE) = (896, 2048)  # longest document; 0: as long as the row
     tokens_per_step: ByStage = (131_072, 262_144, 393_216)  # batch size in tokens
     row_tokens: ByStage = (16_384, 32_768, 49_152)  # length of a row
-    extension: Kind(float, 0, 0.9) = 10 / 1375  # last share of the steps, after the schedule, at the floor
+    extension: Kind(float, 0, 0.9) = 10 / 1375  # last share of the steps, after the end of the schedule
     val_every: Whole = 250  # updates between validations; 0: the first and the last
     val_tokens: Count = 10_485_760  # validation tokens, always the first ones
     val_row_tokens: Kind(int, 1, 2**24) = 262_144  # length of a row in validation
@@ -188,7 +188,7 @@ class Recipe:
     momentum_warmup: Share = 300 / 1375  # first share of the steps: momentum rises
     momentum_cooldown: Share = 50 / 1375  # last share of the steps: momentum falls
     orthogonaliser: one_of("polar-express", "newton-schulz", "none") = "polar-express"  # Muon's iteration
-    qk_heads: Whole = 2  # heads per query or key matrix that Muon orthogonalises; 0: all
+    qk_heads: Whole = 2  # heads that Muon orthogonalises as one matrix, by the gcd with heads; 0: all
     normuon_beta2: Decay = 0.9  # decay of NorMuon's mean squares; 0: off
     muon_decay: Number = 1.2  # Muon's cautious weight decay, times rate squared
     down_scale: Number = 4.0  # factor on updates of the MLP's down matrices
@@ -200,8 +200,8 @@ class Recipe:
     adam_residual: AdamRates = (0.04, 0.9, 0.95, 0.0)  # Adam: weights of the stream
     adam_mixing: AdamRates = (0.008, 0.9, 0.95, 0.0)  # Adam: weights of what is added to the stream
     adam_scalars: AdamRates = (0.04, 0.9, 0.99, 0.0)  # Adam: other scalars
-    adam_epsilon: Number = 1e-10 / 16_384  # added to the root of the mean squares
-    adam_every: Count = 2  # steps whose gradients Adam sums for one update
+    adam_epsilon: Kind(float, 1e-30) = 1e-10 / 16_384  # added to the root of the mean squares
+    adam_every: Count = 2  # steps whose gradients Adam sums for one update; the rest of the last is dropped
     cooldown: Share = 0.6  # last share of the schedule: rates fall to the floor
     rate_levels: Kind(float, 0, 1e6, BY_STAGE) = (1.0, 1.52, 1.73)  # factor on all rates, by stage
     rate_floor: Number = 0.15  # factor on all rates at the end
@@ -259,7 +259,7 @@ TECHNIQUES = {  # the settings that turn each off; (its records) why it helps
     "muon-decay": {"muon_decay": 0.0},  # (43) weights shrink where updates shrink them
     "gated-skip": {"gated_skip": ()},  # (45 55) a late layer sees an early output
     "rate-levels": {"rate_levels": (1.0,)},  # (46 53) rates grow with the batch
-    "attention-mix": {"attention_mix": False},  # (47 48) attention learns its own scale
+    "attention-mix": {"attention_mix": False},  # (47 48) values and outputs learn their scale
     "key-offset": {"key_offset": False},  # (49 62) one layer finds what followed a token
     "tied-head": {"tied_until": 0.0},  # (50 51 53 57) embedding and head learn as one, then part
     "multi-token": {"predicted_tokens": 1},  # (53) early training looks further ahead
@@ -464,7 +464,8 @@ GPT2_VOCABULARY, GPT2_SEPARATOR, PREFIXES = 50257, 50256, "prefixes.bin"
 
 class Shard(NamedTuple):
     """A checked file: 256 little-endian int32 (magic, version, tokens, vocabulary, separator), then
-    uint16 tokens. A document begins with a separator and may go on in the next shard."""
+    uint16 tokens. Vocabulary 0 means GPT-2's, and so does separator 0 if the vocabulary has it. A
+    document begins with a separator and may go on in the next shard."""
 
     path: str
     tokens: int
@@ -702,7 +703,7 @@ def prefetched(batches, device):
 
 def holds_run(stream, config):
     """Whether the stream is long enough for the run. If parts of documents are dropped, the rows
-    must be packed to know."""
+    must be packed to know, some 60 million tokens a second."""
     if config.long_documents == "continue":
         return tokens_until(config.steps, config) < stream.tokens
     steps = step_rows(stream, replace(config, shuffle=False))
@@ -713,7 +714,8 @@ def holds_run(stream, config):
 # Masks. In: where documents start, (R, T) bool, and a window. Out: what each query may see. With
 # causal attention, whole documents and a sliding window, the keys of query q are one interval
 # [first_key[q], q], and first_key never decreases along a row. So the mask is two comparisons, its
-# blocks are intervals too, and nothing is T x T.
+# blocks are intervals too, and nothing is T x T. Only attention keeps documents apart: smear, bigrams,
+# key offset and targets take the token beside, of whatever document, as in the records.
 
 MASK_BLOCK, SMALL_BLOCK = 128, 64  # sides of the mask's blocks, in tokens
 
@@ -781,8 +783,8 @@ def span_mask(first_key, block=2 * MASK_BLOCK):
 
 
 # Options of FlexAttention's kernels for small blocks, by dtype and K. In the three stages of gpt2 they
-# visit 75, 85 and 87 % of what they do with blocks of 128 (records/parts.py). With those, these tiles took
-# 1.62 ms both ways on an H100, its own 1.58 (records/2026-11-26_new_recipe_steps_1_h100).
+# visit 75, 85 and 87 % of what they do with blocks of 128 (records/parts.py). On blocks of 128 these tiles
+# took 1.62 ms both ways on an H100, torch's own 1.58 (records/2026-11-26_new_recipe_steps_1_h100).
 SMALL_TILES = {(torch.bfloat16, 128): {
     "fwd_BLOCK_M": 64, "fwd_BLOCK_N": 64, "fwd_num_stages": 3, "fwd_num_warps": 4,
     "bwd_BLOCK_M1": 64, "bwd_BLOCK_N1": 64, "bwd_BLOCK_M2": 64, "bwd_BLOCK_N2": 64,
@@ -821,7 +823,8 @@ def attention(query, key, value, mask, kernel="triton"):
 
 # --------------------------------------------------------------------------------------------------
 # Model. In: rows, and where their documents start. Out: the last hidden state (R, T, D), which the
-# loss takes to logits. Each block adds to the residual stream, (R, T, D).
+# loss takes to logits. Each block adds to the residual stream, (R, T, D). First values and sizes below
+# are the records'.
 
 GATE_CHANNELS, MLP_RATIO, MUDD_WIDTH = 12, 4, 64
 BIGRAM_INIT, VALUE_INIT, EMBEDDING_INIT = 0.05, 0.01, 0.005
@@ -1072,8 +1075,9 @@ def skip_sources(config):
 class Block(nn.Module):
     """Attention, then MLP: each turns the stream x into residual x + output f(norm(x)). Attention
     then adds `injected`, which Entrance made of x0 and bigram (#73); if mixing is by blocks, x
-    becomes residual x + injected before attention. Blocks do not know their layer number, so that
-    layers share compiled graphs."""
+    becomes residual x + injected before attention, and nothing later. In the last layer MUDD gives
+    each token weights of its own (#81). Late layers attend from one earlier stream, not from x (#77).
+    A block keeps no layer number, so that layers share compiled graphs."""
 
     def __init__(self, layer, config, dtype, draw):
         super().__init__()
@@ -1184,7 +1188,8 @@ class Block(nn.Module):
         return 2 * gate(seen, self.value_gate)[..., None] * by_head
 
     def mlp_sublayer(self, x, weights):
-        """(R, T, D) -> the stream. weights, of it and the MLP's output: (R, T, 1) from MUDD, else None."""
+        """(R, T, D) -> the stream. weights: of the stream and the MLP's output, (R, T, 1) each from MUDD,
+        else None and None."""
         up, down = self.mlp.to(x.dtype).unbind(0)
         residual, output = weights
         if self.output is not None:
@@ -1199,7 +1204,8 @@ class Block(nn.Module):
         rows, tokens, width = x.shape
         qkv_weight = torch.cat((self.qk.view(-1, width), self.vo[0])).to(x.dtype)
         out_weight = self.vo[1].to(x.dtype)
-        if self.in_scale is not None:  # cheaper on weights than on activations (#47, #48)
+        if self.in_scale is not None:  # cheaper on weights than on activations (#47, #48); of queries
+            # and keys the norm takes it out again
             qkv_weight, out_weight = self.in_scale * qkv_weight, self.out_scale * out_weight
         if self.output is not None:
             out_weight = self.output[0] * out_weight
@@ -1398,7 +1404,7 @@ class GPT(nn.Module):
         return self.run_exit(self.exit, x, (x0, source, before, first_embedding, skipped))
 
     def loss(self, batch, phase):
-        """Two sums (not means) of cross-entropies in nats, () and at least float32: of all
+        """Two sums (not means) over the batch of cross-entropies in nats, () and at least float32: of all
         weighted targets, for training; of the next tokens alone, to report. Targets cross document
         borders, as in the records."""
         hidden = self(batch.inputs, batch.starts, phase).flatten(0, 1)
@@ -1778,8 +1784,9 @@ class Muon(Group):
 
 
 class Adam(Group):
-    """Tables by row, small parameters by element. State: mean and mean square of the gradients. If
-    the last step is not due, Adam makes no last update, as in the record."""
+    """Tables by row, small parameters by element. State: mean and mean square of the gradients.
+    bfloat16 weights are rounded in each update. If the last step is not due, Adam makes no last
+    update. Both as in the records."""
 
     def __init__(self, name, axes, parameters, settings, model, processes):
         """settings: rate, beta1, beta2, decay of each parameter."""
@@ -1919,7 +1926,7 @@ def validate(model, stream, tokens, step, processes):
 
 def warm_up(model, groups, data, processes):
     """Compile everything in throw-away steps of every stage, restore every number, return the
-    seconds it took. The processes of a machine compile one stage each; then all find these kernels on
+    seconds it took. The processes of a machine compile a part each; then all find these kernels on
     disk. From here on a recompilation is an error: none can hide in the timed region."""
     begin = time.perf_counter()
     config, device = model.config, processes.device
@@ -1928,9 +1935,9 @@ def warm_up(model, groups, data, processes):
     backup = [(tensor, tensor.to("cpu", copy=True))  # on the CPU: the GPU's peak is logged
             for group in groups.values() for tensor in (group.weights, group.gradients, *group.state)]
     borders = stage_borders(config)  # from the last, the run's end, no step is left: validation only
-    # First each process by itself, then all of them the same steps, which connects them. Those from the
-    # fourth on share a stage with an earlier one: they compile each backward graph right after its forward
-    # graph, the earlier one all forward graphs first, and both meet in the middle; so in the updates.
+    # First each process by itself, then all of them the same steps, which connects them. From the fourth
+    # process on, an earlier one has the same graphs: it compiles all forward graphs first, the later one
+    # each backward graph right after its forward graph, and they meet in the middle; so in the updates.
     for together, begins in ((False, [borders[local % len(borders)]]), (True, borders)):
         shared = not together and local >= STAGES
         torch._functorch.config.force_non_lazy_backward_lowering = shared
@@ -2049,8 +2056,8 @@ def training_loop(model, groups, data, processes, log, progress, received):
 
 
 def train(config, processes):
-    """The whole run. Returns its folder, or None where another process writes it. Leaves a model; after a
-    signal a checkpoint, and raises SystemExit. Raises UserError."""
+    """The whole run, which leaves a model in its folder. Returns the folder; None where another process
+    writes it. After a signal the run leaves a checkpoint, and raises SystemExit. Raises UserError."""
     config, float8, compiled = for_device(config, processes)
     data = open_data(config)
     processes.check_agreement(texts(config) | data.fingerprints | {
@@ -2207,7 +2214,8 @@ def parse_command_line(arguments):
     values = turned_off(values, without)
     for one, other in (("train", "val"), ("val", "train")):  # one pattern gives the other
         if pattern := given.get(f"{one}_files"):
-            given.setdefault(f"{other}_files", re.sub(f"{one}(?=[^/]*$)", other, pattern))
+            name = f"(?<![a-z]){one}(?![a-z])(?=[^/]*$)"
+            given.setdefault(f"{other}_files", re.sub(name, other, pattern))
     values |= given
     values["out"] = os.path.expanduser(values["out"])
     return check_config(Config(**values))
@@ -2447,7 +2455,7 @@ class RunLog(contextlib.AbstractContextManager):
         if processes.rank > 0:
             return
         folder = Path(config.out, time.strftime("%Y%m%d-%H%M%S-") + secrets.token_hex(2))
-        if saved and self.checkpoint.parent.parent == folder.parent:
+        if saved and self.checkpoint.parent.parent.resolve() == folder.parent.resolve():
             folder = self.checkpoint.parent
         folder.mkdir(parents=True, exist_ok=True)
         self.text, self.metrics = (
@@ -2707,7 +2715,7 @@ def checkpoint_to_resume(config, data, processes):
     if path == "none":
         return None
     saved, finished = read_checkpoint(path), Path(path).with_name("model.pt")
-    if finished.parent.parent == Path(config.out):  # training again would overwrite it
+    if finished.parent.parent.resolve() == Path(config.out).resolve():  # training again would overwrite it
         with contextlib.suppress(UserError):  # none, or a damaged one
             saved = read_checkpoint(finished)
     theirs = identity(saved["config"]) | dict(saved["shards"])
@@ -2779,7 +2787,7 @@ def caught_signals():
         received.append(number)
         if not torchrun:
             with contextlib.suppress(OSError):  # print() must not be called within print()
-                os.write(sys.stderr.fileno(), b"\nstopping after this step; one more Ctrl-C ends at once\n")
+                os.write(sys.stderr.fileno(), b"\nstopping after a step or two; one more Ctrl-C ends at once\n")
 
     # The last three are how clusters warn. What nohup ignores stays ignored.
     before = {number: signal.signal(number, note) for number in (
@@ -2870,7 +2878,8 @@ def main(arguments=None):
     """Run the command line. Of an error that all processes meet, process 0 speaks first."""
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # sizes vary by stage
     sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))
-    sys.stdout.reconfigure(errors="backslashreplace")  # file names may not be UTF-8
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names may not be UTF-8
     try:
         config = parse_command_line(arguments)
         train(config, start_processes(config))

@@ -72,12 +72,20 @@ def test_going_on_is_equal_to_the_bit(corpus, finished, copy, step):
     assert (copy / "log.txt").read_text().count("def train_step") == 1
 
 
-def test_a_finished_run_is_not_overwritten(copy, finished, tmp_path, capsys):
+def test_a_run_goes_on_in_its_folder_however_that_is_spelled(copy, monkeypatch):
+    monkeypatch.chdir(copy.parent.parent)
+    main(["--resume", f"logs/{copy.name}/checkpoint_0000010.pt", "--out", str(copy.parent)])
+    assert run_folders(copy.parent) == {copy} and (copy / "model.pt").exists()
+
+
+def test_a_finished_run_is_not_overwritten(copy, finished, tmp_path, capsys, monkeypatch):
     """Not from one of its checkpoints, whose command may be in the shell's history; but elsewhere it may go on."""
     shutil.copy(finished / "model.pt", copy)
     before = (copy / "model.pt").stat().st_mtime_ns
-    main(["--resume", str(copy / "checkpoint_0000010.pt")])
-    assert "finished" in capsys.readouterr().out and (copy / "model.pt").stat().st_mtime_ns == before
+    monkeypatch.chdir(tmp_path)
+    for path in (copy, copy.relative_to(tmp_path)):
+        main(["--resume", str(path / "checkpoint_0000010.pt"), "--out", str(copy.parent)])
+        assert "finished" in capsys.readouterr().out and (copy / "model.pt").stat().st_mtime_ns == before
     main(["--resume", str(copy / "checkpoint_0000010.pt"), "--out", str(tmp_path / "elsewhere")])
     ours, theirs = weights(only_run(tmp_path / "elsewhere")), weights(finished)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)

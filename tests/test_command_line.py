@@ -57,7 +57,8 @@ def test_forms():
     ("steps", "0"), ("steps", "1.5"), ("steps", "many"), ("steps", ""), ("muon_lr", "nan"), ("muon_lr", "-1"),
     ("muon_lr", "inf"), ("smear", "yes"), ("long_documents", "cut"), ("dtype", "float16"), ("window", "none"),
     ("window", "1,2,3,4,5"), ("window", "1,,2"), ("adam_head", "0.1,0.9"), ("softcap", "1,2,3,4"),
-    ("short_layers", "-1"), ("tied_until", "1"), ("preset", "gpt3"), ("timeout", "0"), ("seed", str(2**63))])
+    ("short_layers", "-1"), ("tied_until", "1"), ("preset", "gpt3"), ("timeout", "0"), ("seed", str(2**63)),
+    ("adam_epsilon", "0")])
 def test_a_value_out_of_bounds_is_refused(name, text):
     said = refusal(f"{flag(name)}={text}")
     assert flag(name) in said and (text in said or not text)
@@ -118,6 +119,8 @@ def test_validation_shards_stand_beside_training_shards(tmp_path):
     config = parse_command_line(["--train-files", f"{tmp_path}/train/my_train_*.bin"])
     assert config.val_files == f"{tmp_path}/train/my_val_*.bin"
     assert parse_command_line(["--val-files", config.val_files]).train_files == config.train_files
+    inside = parse_command_line(["--val-files", "val/evaluation_val_*.bin"])  # no parts of words, and only the name
+    assert inside.train_files == "val/evaluation_train_*.bin"
     both = parse_command_line(["--val-files", "b_val.bin", "--train-files", "a_train.bin"])
     assert (both.train_files, both.val_files) == ("a_train.bin", "b_val.bin")
     with pytest.raises(UserError, match="quotes"):
@@ -182,9 +185,9 @@ def test_a_shard_that_vanishes_ends_the_run_with_a_line(corpus, tmp_path, monkey
     assert "can no longer be read" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("stdout", ["closed", "left", "ascii"])
+@pytest.mark.parametrize("stdout", ["closed", "left", "ascii", "notebook"])
 def test_a_reader_that_leaves_and_a_screen_without_letters(corpus, tmp_path, stdout):
-    """Closed stdout, a pipe that nobody reads, an ASCII terminal: the run ends well."""
+    """Closed stdout, a pipe that nobody reads, an ASCII terminal, no terminal at all: the run ends well."""
     out = tmp_path / "Läufe"
     ended, = together(tmp_path, 1, printing, stdout, *command(corpus, out=out, steps=2, val_tokens=500))
     assert ended.status == 0 and not ended.err.count("Traceback"), ended.err

@@ -2,6 +2,7 @@
 started no thread, so that each begins at once."""
 
 import contextlib
+import io
 import json
 import multiprocessing
 import os
@@ -98,9 +99,11 @@ def train(*arguments: str) -> None:
 
 
 def printing(stdout: str, *arguments: str) -> None:
-    """Train, with a stdout that takes nothing or ASCII only."""
+    """Train, with a stdout that takes nothing or ASCII only, or is no file."""
     if stdout == "closed":
         sys.stdout = None  # as Python has it after >&-
+    elif stdout == "notebook":
+        sys.stdout = io.StringIO()
     elif stdout == "left":
         reader, writer = os.pipe()
         os.close(reader)
