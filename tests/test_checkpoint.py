@@ -85,7 +85,7 @@ def test_a_finished_run_is_not_overwritten(copy, finished, tmp_path, capsys, mon
     monkeypatch.chdir(tmp_path)
     for path in (copy, copy.relative_to(tmp_path)):
         main(["--resume", str(path / "checkpoint_0000010.pt"), "--out", str(copy.parent)])
-        assert "finished" in capsys.readouterr().out and (copy / "model.pt").stat().st_mtime_ns == before
+        assert "this run is finished" in capsys.readouterr().out and (copy / "model.pt").stat().st_mtime_ns == before
     main(["--resume", str(copy / "checkpoint_0000010.pt"), "--out", str(tmp_path / "elsewhere")])
     ours, theirs = weights(only_run(tmp_path / "elsewhere")), weights(finished)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
