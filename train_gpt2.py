@@ -1726,12 +1726,12 @@ def split_bits(x):
     return (bits >> 16).to(torch.int16).view(torch.bfloat16), ((bits << 16) >> 16).to(torch.int16)
 
 
-def muon_update(weight, gradient, average, mean_square, low_bits, scale, rate, momentum, decay,
-                beta2, kind, dtype):
+def muon_update(weight, gradient, scale, rate, momentum, decay, beta2, kind, dtype,
+                average, mean_square, low_bits=None):
     """Muon in place: Nesterov momentum in average form (#15), orthogonalised, rows equalised.
     Weight decay, by the rate squared, acts only where the update shrinks the weight or is 0
     (cautious, #43). All (n, rows, columns), except mean_square (one axis is 1), scale (n, 1, 1),
-    rate and momentum (); low_bits may be None."""
+    rate and momentum (). low_bits only of bfloat16 weights."""
     gradient = gradient.to(average.dtype)
     average.mul_(momentum).add_(gradient * (1 - momentum))
     nesterov = average * momentum + gradient * (1 - momentum)
@@ -1776,11 +1776,10 @@ class Muon(Group):
 
     def update(self, step):
         config = self.config
-        average, mean_square, low_bits = (*self.state, None)[:3]  # low bits only of bfloat16
         rate = self.as_tensor(config.muon_lr * learning_rate_factor(step, config))
         momentum = self.as_tensor(momentum_at(step, config))
-        self.kernel(self.own, self.own_gradient, average, mean_square, low_bits, self.scale, rate,
-                    momentum, config.muon_decay, config.normuon_beta2, config.orthogonaliser, self.dtype)
+        self.kernel(self.own, self.own_gradient, self.scale, rate, momentum, config.muon_decay,
+                    config.normuon_beta2, config.orthogonaliser, self.dtype, *self.state)
 
 
 class Adam(Group):

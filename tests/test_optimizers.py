@@ -152,8 +152,8 @@ def test_muon_moves_by_scale_and_rate_and_decays_where_the_update_shrinks_the_we
     old, gradient, rate, scales, decay = 3 * random(3, 6, 8, seed=1), random(3, 6, 8), 0.25, (1.0, 4.0, 2.0), 0.7
     old[0, 0, 0], gradient[2] = 0.0, 0.0  # an update of zero counts as shrinking: the matrix fades
     weight, average = old.clone(), torch.zeros_like(old)
-    muon_update(weight, gradient, average, average[..., :1].clone(), None, torch.tensor(scales)[:, None, None],
-                torch.tensor(rate), torch.tensor(0.9), decay, 0.0, "polar-express", torch.float64)
+    muon_update(weight, gradient, torch.tensor(scales)[:, None, None], torch.tensor(rate), torch.tensor(0.9), decay,
+                0.0, "polar-express", torch.float64, average, average[..., :1].clone())
     seen = set()
     for i, update in enumerate([*orthogonalised(gradient[:2], "polar-express"), gradient[2]]):
         for p, o, found in zip(old[i].flatten(), update.flatten(), weight[i].flatten(), strict=True):
@@ -202,8 +202,8 @@ def test_split_weights_train_as_float32_ones_where_bfloat16_alone_stands_still()
             group.update(step)
         exact = join_bits(narrow.detach(), low)
         assert (exact - full).abs().max() <= 2.0**-23 * full.abs().max(), step
-        muon_update(alone, gradient, average, mean_square, None, groups[0].scale, torch.tensor(2e-5),
-                    torch.tensor(0.95), 40.0, 0.95, "newton-schulz", torch.float32)
+        muon_update(alone, gradient, groups[0].scale, torch.tensor(2e-5), torch.tensor(0.95), 40.0, 0.95,
+                    "newton-schulz", torch.float32, average, mean_square)
     assert (full - first.float()).abs().mean() > 2e-4 and (low != 0).float().mean() > 0.9
     assert torch.equal(alone, first)  # every step was rounded away
 
