@@ -1034,23 +1034,14 @@ class Entrance(nn.Module):
         return x0, bigram, injected
 
 
-class Exit(nn.Module):
-    """From the stream to the head: MUDD's last mixture and the final norm."""
-
-    def __init__(self, config, dtype, draw):
-        super().__init__()
-        self.epsilon = config.rms_epsilon
-        initial = ((0.0, -0.5, 0.0, 0.0, 0.0),)  # of the streams that forward() takes
-        self.mudd = Mudd(initial, config, dtype, draw) if config.mudd else None
-
-    def forward(self, x, streams):
-        """(R, T, D) -> (R, T, D), normed. streams, for MUDD, (R, T, D) or None: x0,
-        attention's source, the one before the last block, the first value embedding, the first
-        skip's output."""
-        if self.mudd is not None:
-            weights, = self.mudd(x)
-            x = x + weighted_sum(weights, streams)
-        return rms_norm(x, self.epsilon)
+def final_states(x, mudd, streams, epsilon):
+    """From the stream to the head, (R, T, D) -> (R, T, D): MUDD's last mixture, if any, and the norm.
+    streams, for MUDD, (R, T, D) or None: x0, attention's source, the one before the last block, the
+    first value embedding, the first skip's output."""
+    if mudd is not None:
+        weights, = mudd(x)
+        x = x + weighted_sum(weights, streams)
+    return rms_norm(x, epsilon)
 
 
 class Shared(NamedTuple):
@@ -1334,7 +1325,8 @@ class GPT(nn.Module):
         signs = 2 * torch.randint(2, (config.bigram_signs, channels), generator=draw) - 1
         self.register_buffer("signs", signs.to(self.dtype) if config.bigram_signs and config.bigram else None)
         self.entrance = Entrance(config, self.dtype)
-        self.exit = Exit(config, self.dtype, draw)
+        initial = (0.0, -0.5, 0.0, 0.0, 0.0),  # of the streams that final_states() takes
+        self.mudd = Mudd(initial, config, self.dtype, draw) if config.mudd else None
         frequencies, scales = zip(*(yarn(stage, config) for stage in range(STAGES + 1)), strict=True)
         self.register_buffer("frequencies", torch.stack(frequencies), persistent=False)
         self.register_buffer(
@@ -1343,9 +1335,9 @@ class GPT(nn.Module):
             prefixes = F.pad(torch.as_tensor(prefixes, dtype=torch.int64), (0, 1), value=-1)
         self.register_buffer("prefixes", prefixes, persistent=False)
 
-        self.run_entrance, self.run_attention, self.run_mlp, self.run_exit = (  # first argument: the module
+        self.run_entrance, self.run_attention, self.run_mlp, self.run_final = (
             compiled_if(compiled, part, **COMPILE_OPTIONS[config.attention_kernel]) for part in (
-                Entrance.forward, Block.attention_sublayer, Block.mlp_sublayer, Exit.forward))
+                Entrance.forward, Block.attention_sublayer, Block.mlp_sublayer, final_states))
         self.run_quantised = compiled_if(compiled, quantised)
         self.run_losses = compiled_if(compiled, chunk_losses)
         # Tile sizes are autotuned: 2.2 ms instead of 2.5 on an H100, with torch.sigmoid.
@@ -1401,7 +1393,8 @@ class GPT(nn.Module):
             if block.gives_values:
                 first_value = value
         skipped = next(iter(outputs.values()), None)
-        return self.run_exit(self.exit, x, (x0, source, before, first_embedding, skipped))
+        streams = x0, source, before, first_embedding, skipped
+        return self.run_final(x, self.mudd, streams, config.rms_epsilon)
 
     def loss(self, batch, phase):
         """Two sums (not means) over the batch of cross-entropies in nats, () and at least float32: of all

@@ -143,9 +143,9 @@ class Model:
             outputs.append(x)
             if i == config["attention_source"]:
                 source = x
-        if "exit.mudd.mudd_in" in weights:
+        if "mudd.mudd_in" in weights:
             kept = None if config["kept"] is None else outputs[config["kept"]]
-            x = x + weighted(mudd(x, self.part("exit.")), (x0, source, before, tables.get(0), kept))
+            x = x + weighted(mudd(x, weights), (x0, source, before, tables.get(0), kept))
         z = F.linear(self.norm(x), weights["head"])
         z = z.to(torch.promote_types(z.dtype, torch.float32))
         height, extent, shift = config["softcap"]

@@ -121,7 +121,7 @@ def test_first_values(preset, bound, table):
     for values in model.value_tables:
         assert_normal(values, 0.01)
     if preset == "gpt2":
-        first, last = model.blocks[-1].mudd, model.exit.mudd
+        first, last = model.blocks[-1].mudd, model.mudd
         for part in (first, last):
             assert_uniform(part.mudd_in, 1 / 16)
         expected = [0] * 6 + [2, 2, 1.1**0.5, 1, 0, 0.05, 1.1**0.5, 1]

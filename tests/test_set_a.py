@@ -160,15 +160,15 @@ def attention_layer(i: int, h: Tensor, w: dict, term, document: Tensor, stage: i
     return y.flatten(1) @ (own["out_scale"] * own["vo"][1]).T
 
 
-def mudd(w: dict, name: str, x: Tensor, changed) -> Tensor:
+def mudd(w: dict, prefix: str, x: Tensor, changed) -> Tensor:
     """(T, D) -> (coefficients, T, 1)."""
     if "static" in changed:
         r = math.sqrt(1.1)
-        values = [0, -0.5, 0, 0, 0] if name == "exit" else [0, 0, 0, 0, 0, 0, 2, 2, r, 1, 0, 0.05, r, 1]
+        values = [0, -0.5, 0, 0, 0] if not prefix else [0, 0, 0, 0, 0, 0, 2, 2, r, 1, 0, 0.05, r, 1]
         return torch.tensor(values, dtype=x.dtype)[:, None, None].expand(-1, len(x), 1)
-    hidden = x @ w[f"{name}.mudd.mudd_in"].T
+    hidden = x @ w[f"{prefix}mudd.mudd_in"].T
     hidden = hidden * 0.5 * (1 + torch.erf(hidden / math.sqrt(2)))
-    return (0.1 * (hidden @ w[f"{name}.mudd.mudd_out"].T + w[f"{name}.mudd.mudd_bias"])).T[..., None]
+    return (0.1 * (hidden @ w[f"{prefix}mudd.mudd_out"].T + w[f"{prefix}mudd.mudd_bias"])).T[..., None]
 
 
 def mlp(w: dict, i: int, x: Tensor) -> Tensor:
@@ -217,7 +217,7 @@ def hidden_states(w: dict, signs: Tensor, tokens: Tensor, stage: int, tied: bool
                 x = x + n[site] * b
         x = r[-1] * x + p[-1] * mlp(w, i, x)
         c3, c7 = x if i == 3 else c3, x if i == 7 else c7
-    c9, h, mu = x, normed(c7), mudd(w, "blocks.10", x, changed)
+    c9, h, mu = x, normed(c7), mudd(w, "blocks.10.", x, changed)
     moved = (1 + mu[5]) * x + mu[3] * c0 + mu[4] * c7
     old = moved if "stream weights before values read x" in changed else x
     of_head = torch.cat((mu[6].expand(-1, HEADS // 2), mu[7].expand(-1, HEADS // 2)), 1)[..., None]
@@ -226,7 +226,7 @@ def hidden_states(w: dict, signs: Tensor, tokens: Tensor, stage: int, tied: bool
     x = mu[8] * moved + mu[9] * attention_layer(10, h, w, term, document, stage, changed) + mu[10] * c0
     x = x + mu[11] * b
     x = mu[12] * x + mu[13] * mlp(w, 10, x)
-    mu = mudd(w, "exit", x, changed)
+    mu = mudd(w, "", x, changed)
     last = ve[2] if "another table before the head" in changed else ve[1]
     return normed(x + mu[0] * c0 + mu[1] * c7 + mu[2] * c9 + mu[3] * last + mu[4] * c3)
 
@@ -485,9 +485,9 @@ def test_shapes_of_the_full_size():
         expected |= {f"blocks.{i}.{name}": shape for i in attending}
     expected |= {f"blocks.{i}.{name}": (1 + (i != 6),) for i in range(10) for name in ("residual", "output")}
     expected |= {f"blocks.{i}.xsa": (6,) for i in XSA} | {f"blocks.{i}.value_gate": (6, 12) for i in (1, 2, 8, 9)}
-    for block, count in (("blocks.10", 14), ("exit", 5)):
-        expected |= {f"{block}.mudd.mudd_in": (64, d), f"{block}.mudd.mudd_out": (count, 64),
-                     f"{block}.mudd.mudd_bias": (count,)}
+    for prefix, count in (("blocks.10.", 14), ("", 5)):
+        expected |= {f"{prefix}mudd.mudd_in": (64, d), f"{prefix}mudd.mudd_out": (count, 64),
+                     f"{prefix}mudd.mudd_bias": (count,)}
     assert shapes == expected
 
 
@@ -511,11 +511,11 @@ def test_a_fresh_model_is_a_static_one(stream):
 def test_the_stream_begins_as_x0_itself(stream):
     model, _ = randomised()
     seen = []
-    for name in ("run_entrance", "run_attention", "run_exit"):
+    for name in ("run_entrance", "run_attention", "run_final"):
         part = getattr(model, name)
-        setattr(model, name, lambda block, *arguments, part=part: seen.append(arguments) or part(block, *arguments))
+        setattr(model, name, lambda first, *others, part=part: seen.append(others) or part(first, *others))
     model.loss(batch_of(rows_by_step(stream[0])[0]), phase_at(0, model.config))
-    (_, bigram, signs), (x, shared, *_), (_, streams) = seen[0], seen[1], seen[-1]
+    (_, bigram, signs), (x, shared, *_), (_, streams, _) = seen[0], seen[1], seen[-1]
     assert len(seen) == 13 and x is shared.x0 and x is streams[0]
     injected = model.entrance.bigram_mix[0] * bigram * signs
     assert (x - normed(x)).abs().max() > 1e-3 and injected.abs().max() > 1e-3  # it is in there, after the norm

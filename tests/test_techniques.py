@@ -193,7 +193,7 @@ def reference_hidden(model: GPT, tokens, starts, phase):
     if c.mudd:
         skipped = outputs[c.gated_skip[0]] if c.gated_skip else outputs[0] if c.unet_skips else None
         early = of_layer[min(c.value_layers)] if c.value_layers else None
-        x = x + mixed(mudd(weights, "exit.", x), (x0, source, before, early, skipped))
+        x = x + mixed(mudd(weights, "", x), (x0, source, before, early, skipped))
     return norm(x, c.rms_epsilon)
 
 
