@@ -1316,9 +1316,9 @@ class GPT(nn.Module):
         self.head = nn.Parameter(table.to(self.dtype, copy=True) if tied
                                  else torch.zeros(padded, width, dtype=wide(self.dtype)))
         self.blocks = nn.ModuleList(Block(i, config, self.dtype, draw) for i in range(config.layers))
-        self.table_of = {layer: i for i, layer in enumerate(sorted(set(config.value_layers)))}
         self.value_tables = nn.ParameterList(
-            (VALUE_INIT * torch.randn(padded, width, generator=draw)).to(self.dtype) for _ in self.table_of)
+            (VALUE_INIT * torch.randn(padded, width, generator=draw)).to(self.dtype)
+            for _ in set(config.value_layers))
         channels = min(config.bigram_width, width)
         self.bigram_table = parameter(
             config.bigram * padded, channels, dtype=self.dtype, used=config.bigram)
@@ -1374,13 +1374,13 @@ class GPT(nn.Module):
         factors = rotary_tables(
             self.frequencies[phase.stage], positions, config.width // config.heads, self.dtype)
         shared = Shared(x0, bigram, *factors, self.scales[phase.stage])
-        x, outputs = x0, {}
+        x, outputs, value_tables = x0, {}, iter(self.value_tables)
         source = first_value = first_embedding = None
         for i, block in enumerate(self.blocks):
             before, value_embedding = x, None
             mask = masks.get((block.short, block.paired))  # None without attention
-            if i in self.table_of:
-                value_embedding = TableRows.apply(self.value_tables[self.table_of[i]], inputs, by_row)
+            if i in config.value_layers:
+                value_embedding = TableRows.apply(next(value_tables), inputs, by_row)
                 if first_embedding is None:
                     first_embedding = value_embedding
             skip = outputs.get(skips.get(i))  # None, unless one ends here

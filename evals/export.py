@@ -37,8 +37,9 @@ IN_MODEL = ("unet-skips", "qk-norm", "x0-shortcut", "value-residual", "value-emb
 def description(model: GPT, phase: Phase, saved: dict) -> dict:
     """config.json: what model.py needs beside the weights, as it was when the model was saved."""
     config, skips, notes = model.config, skip_sources(model.config), comments(quote='"')
+    tables = {layer: number for number, layer in enumerate(sorted({*config.value_layers}))}
     layers = [{"window": phase.windows[block.short], "paired": block.paired, "key_offset": block.key_offset,
-               "value_table": model.table_of.get(i), "skip_from": skips.get(i)}
+               "value_table": tables.get(i), "skip_from": skips.get(i)}
               for i, block in enumerate(model.blocks)]
     techniques = {name: notes[name].partition(") ")[2] for name in IN_MODEL
                   if all(getattr(config, key) != value for key, value in TECHNIQUES[name].items())
