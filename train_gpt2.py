@@ -1049,8 +1049,7 @@ class Shared(NamedTuple):
 
     x0: Tensor  # (R, T, D) where the stream began: embedding, normed, and bigram
     bigram: Tensor | None  # (R, T, n)
-    cosine: Tensor  # (positions, K)
-    sine: Tensor
+    rotary_tables: tuple[Tensor, Tensor]  # (positions, K)
     scale: Tensor  # () of the softmax
 
 
@@ -1204,8 +1203,7 @@ class Block(nn.Module):
         query, key, own_value = qkv.chunk(3, dim=2)  # (R, T, H, K) each
         if self.qk_norm:
             query, key = rms_norm(query, self.epsilon), rms_norm(key, self.epsilon)
-        tables = [for_heads(table, tokens, self.heads, self.paired)
-                  for table in (shared.cosine, shared.sine)]
+        tables = [for_heads(table, tokens, self.heads, self.paired) for table in shared.rotary_tables]
         query, key = (rotary(part, *tables, self.turning) for part in (query, key))
         query, value = query * shared.scale, own_value
         if first_value is not None:
@@ -1371,9 +1369,9 @@ class GPT(nn.Module):
             signs = F.embedding(sign_rows(inputs, len(self.signs)), self.signs)
         x0, bigram, injected = self.run_entrance(self.entrance, embedding, bigram, signs)
         positions = inputs.shape[1] * (2 if config.paired_layers else 1)
-        factors = rotary_tables(
+        tables = rotary_tables(
             self.frequencies[phase.stage], positions, config.width // config.heads, self.dtype)
-        shared = Shared(x0, bigram, *factors, self.scales[phase.stage])
+        shared = Shared(x0, bigram, tables, self.scales[phase.stage])
         x, outputs, value_tables = x0, {}, iter(self.value_tables)
         source = first_value = first_embedding = None
         for i, block in enumerate(self.blocks):
