@@ -994,10 +994,9 @@ def by_token(weights, x):
     return weights.view(1, -1).expand(x.shape[1], -1).split(1, dim=1)
 
 
-def weighted_sum(weights, streams):
-    """The weighted sum of the streams that are not None."""
-    return sum(weight * stream for weight, stream in zip(weights, streams, strict=True)
-               if stream is not None)
+def weighted_sum(weights, parts):
+    """The weighted sum of the parts that are not None."""
+    return sum(weight * part for weight, part in zip(weights, parts, strict=True) if part is not None)
 
 
 class Entrance(nn.Module):
@@ -1482,7 +1481,7 @@ def chunk_losses(z, targets, weights, cap):
     normaliser = (logits - highest).exp2().sum(-1, keepdim=True).log2() + highest
     chosen = softcap(z.gather(1, targets.clamp_min(0)).to(normaliser.dtype), cap, BIT)[0]
     losses = BIT * ((normaliser - chosen) * (targets >= 0)).sum(0)
-    return sum(weight * losses[k] for k, weight in enumerate(weights)), losses[0], normaliser
+    return weighted_sum(weights, losses), losses[0], normaliser
 
 
 def chunk_gradient(z, normaliser, targets, weights, cap, float8):

@@ -222,7 +222,7 @@ def chunked(hidden, head, targets, weights=(1.0,), chunk=10, cap=CAPS["record 62
     model = SimpleNamespace(config=Config(loss_chunk=chunk, softcap=cap), float8=float8, run_quantised=quantised,
                             run_losses=chunk_losses, run_gradient=chunk_gradient)
     weights = [torch.tensor(weight, dtype=wide(hidden.dtype)) for weight in weights]
-    return ChunkedLoss.apply(hidden, head, targets, weights, model)
+    return ChunkedLoss.apply(hidden, head, targets[:, :len(weights)], weights, model)
 
 
 def plain(logits, targets, weights, cap):
