@@ -989,9 +989,9 @@ def mixed(x, added, residual, output):
 
 
 def by_token(weights, x):
-    """Weights () or (n,), for x (R, T, D) -> n times (T, 1), not rounded to x's dtype: the gradient is
+    """Weights () or (n,), for x (R, T, D) -> (T, 1) or (T, n), not rounded to x's dtype: the gradient is
     then summed by token, beside the norm's backward pass, and not in a pass over x of its own."""
-    return weights.view(1, -1).expand(x.shape[1], -1).split(1, dim=1)
+    return weights.view(1, -1).expand(x.shape[1], -1)
 
 
 def weighted_sum(weights, parts):
@@ -1025,7 +1025,7 @@ class Entrance(nn.Module):
         if bigram is not None:
             bigram = bigram if signs is None else bigram * signs
             x0 = x0 + on_first(self.bigram_mix[0] * bigram, width)
-        x0_mix = () if self.x0_mix is None else by_token(self.x0_mix, x0)
+        x0_mix = () if self.x0_mix is None else by_token(self.x0_mix, x0).split(1, dim=1)
         injected = {layer: (weight * x0).to(x0.dtype)
                     for layer, weight in zip(self.x0_layers, x0_mix, strict=True)}
         for i, layer in enumerate(self.bigram_layers, 1):
@@ -1130,10 +1130,9 @@ class Block(nn.Module):
         if skip is not None:
             x = x + self.skip_share(shared.x0) * skip
         if self.output is not None:  # attend() puts output[0] on its output matrix
-            residual, = by_token(self.residual[0], x)
+            residual = by_token(self.residual[0], x)
         elif self.residual is not None:  # mixed once, before attention
-            weight, = by_token(self.residual, x)
-            x, injected = mixed(x, injected, weight, None), None
+            x, injected = mixed(x, injected, by_token(self.residual, x), None), None
         normed = rms_norm(x if source is None else source, self.epsilon)
         added = self.added_to_values(normed, value_embedding)
         if self.mudd is not None:
@@ -1182,7 +1181,7 @@ class Block(nn.Module):
         up, down = self.mlp.to(x.dtype).unbind(0)
         residual, output = weights
         if self.output is not None:
-            residual, = by_token(self.residual[-1], x)
+            residual = by_token(self.residual[-1], x)
             down = self.output[-1] * down
         return mixed(x, mlp(rms_norm(x, self.epsilon), up, down, self.mlp_kernel), residual, output)
 
