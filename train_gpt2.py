@@ -1175,11 +1175,9 @@ class Block(nn.Module):
         seen = torch.cat((normed[..., :half], value_embedding[..., :half]), dim=-1)
         return 2 * gate(seen, self.value_gate)[..., None] * by_head
 
-    def mlp_sublayer(self, x, weights):
-        """(R, T, D) -> the stream. weights: of the stream and the MLP's output, (R, T, 1) each from MUDD,
-        else None and None."""
+    def mlp_sublayer(self, x, residual, output):
+        """(R, T, D) -> the stream. Weights of it and of the MLP's output: (R, T, 1) from MUDD, else None."""
         up, down = self.mlp.to(x.dtype).unbind(0)
-        residual, output = weights
         if self.output is not None:
             residual = by_token(self.residual[-1], x)
             down = self.output[-1] * down
@@ -1344,7 +1342,7 @@ class GPT(nn.Module):
     def run_block(self, block, x, *others):
         """One layer -> the stream; its own values or None. others: as in attention_sublayer."""
         x, value, weights = self.run_attention(block, x, *others)
-        return self.run_mlp(block, x, weights), value
+        return self.run_mlp(block, x, *weights), value
 
     def forward(self, inputs, starts, phase):
         """(R, T) int32, (R, T) bool -> (R, T, D), normed, ready for the head."""
