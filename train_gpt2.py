@@ -1264,10 +1264,9 @@ def add_rows(total, parts, by_row):
 
 
 class TableRows(torch.autograd.Function):
-    """Embedding lookup: (V, n), (R, T) int -> (R, T, n). In training, backward adds to the table's
-    gradient in its Group: a separate gradient, as large as the table, would be written and read
-    for nothing. Autograd then sees none and calls no hook, so backward calls `gradient_arrived`,
-    which the Group stored on the table."""
+    """Embedding lookup: (V, n), (R, T) int -> (R, T, n). Backward adds to the gradient that the table
+    has, in training its view of a Group's: a separate one, as large as the table, would be written and
+    read for nothing. Autograd then gets none, and calls the table's hook all the same."""
 
     @staticmethod
     def forward(ctx, table, rows, by_row):
@@ -1276,13 +1275,10 @@ class TableRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        table = ctx.table
-        grouped = hasattr(table, "gradient_arrived")
-        total = table.grad if grouped else torch.zeros_like(table)
+        known = ctx.table.grad
+        total = torch.zeros_like(ctx.table) if known is None else known
         add_rows(total, gradient.flatten(0, 1), ctx.by_row)
-        if grouped:
-            table.gradient_arrived(table)
-        return None if grouped else total, None, None
+        return total if known is None else None, None, None
 
 
 class GPT(nn.Module):
@@ -1587,7 +1583,6 @@ class Group:
             self.weights[part] = p.data.reshape(-1, *unit)
             p.data, p.grad = self.weights[part].view(p.shape), self.gradients[part].view(p.shape)
             p.register_post_accumulate_grad_hook(self.gradient_arrived)
-            p.gradient_arrived = self.gradient_arrived  # for TableRows
         self.own_slice = slice(processes.rank * share, (processes.rank + 1) * share)
         self.own = self.weights[self.own_slice]
         self.own_gradient = self.gradients if self.world == 1 else torch.zeros_like(self.own)
