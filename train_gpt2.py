@@ -1351,7 +1351,7 @@ class GPT(nn.Module):
             run = partial(recomputed, run, use_reentrant=False, preserve_rng_state=False)
         by_row = sorted_rows(inputs)
         if phase.tied:  # not TableRows: the loss has a gradient of this table, too
-            embedding = F.embedding(inputs, self.head).to(self.dtype)
+            embedding = F.embedding(inputs, self.head)
         else:
             embedding = TableRows.apply(self.embedding, inputs, by_row)
         if config.bigram:
