@@ -1556,7 +1556,7 @@ class Group:
 
     An update is reduce (a reduce_scatter of gradients), update (of this process's slice), gather
     (an all_gather of slices). The reduction starts in the backward pass, as soon as the last
-    gradient of the group is ready.
+    gradient of the group is ready. Muon and Adam say when an update is due.
     """
 
     def __init__(self, name, axes, parameters, config, processes):
@@ -1589,10 +1589,6 @@ class Group:
         self.state_dtype = wide(self.own.dtype)
         self.state, self.pending, self.work = [], set(), None  # state: buffers of this slice
         self.exchanges = self.world > 1  # off while each process warms up alone
-        self.every, self.after = 1, -1  # update in every `every`-th step after step `after`
-
-    def is_due(self, step):
-        return step > self.after and (step + 1) % self.every == 0
 
     def per_unit(self, values, *shape):
         """For each parameter a value of this shape, or one for each of its units -> the values of
@@ -1756,6 +1752,9 @@ class Muon(Group):
             self.state.append(torch.zeros_like(self.own, dtype=torch.int16))
         self.scale = self.per_unit(scales)[:, None, None]
 
+    def is_due(self, _step):
+        return True
+
     def update(self, step):
         config = self.config
         rate = self.as_tensor(config.muon_lr * learning_rate_factor(step, config))
@@ -1773,15 +1772,18 @@ class Adam(Group):
         """settings: rate, beta1, beta2, decay of each parameter."""
         super().__init__(name, axes, parameters, model.config, processes)
         self.settings = self.per_unit(settings, 4)
-        self.every = model.config.adam_every  # over these steps gradients add up (#39)
-        if name == "embedding":  # until then the head is the embedding, too
-            self.after = last_tied_step(model.config)
         self.kernel = compiled_if(model.compiled, adam_update)
         self.state = [torch.zeros_like(self.own, dtype=self.state_dtype) for _ in range(2)]
 
+    def is_due(self, step):
+        """After every `adam_every` steps, whose gradients add up (#39). While the head is the embedding,
+        too, the embedding itself waits."""
+        unused = self.name == "embedding" and step <= last_tied_step(self.config)
+        return (step + 1) % self.config.adam_every == 0 and not unused
+
     def update(self, step):
         factor = self.as_tensor(learning_rate_factor(step, self.config))
-        count = self.as_tensor((step + 1.0) // self.every)
+        count = self.as_tensor((step + 1.0) // self.config.adam_every)
         self.kernel(self.own, self.own_gradient, *self.state, self.settings, factor, count,
                     self.config.adam_epsilon)
 
