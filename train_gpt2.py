@@ -939,28 +939,28 @@ def mlp(x, up, down, kernel="torch"):
     """ReLU^2 MLP (Primer), (R, T, D) -> (R, T, D). up and down, transposed: (4 D, D). kernel: as in
     Config."""
     if kernel == "quack" and torch.compiler.is_compiling():
-        return FusedMLP.apply(x, up, down)
+        return FusedMLP.apply(x.flatten(0, 1), up, down).view_as(x)
     return F.linear(x, up).relu().square() @ down
 
 
 class FusedMLP(torch.autograd.Function):
-    """`mlp` by quack-kernels: the products apply ReLU^2, and its derivative, to what they hold in
-    registers (#59). Saves five passes over (R T, 4 D); the hidden layer is computed again, not kept."""
+    """`mlp` of (N, D), N = R T, by quack-kernels: the products apply ReLU^2, and its derivative, to what
+    they hold in registers (#59). Saves five passes over (N, 4 D); the hidden layer is computed again,
+    not kept."""
 
     @staticmethod
     def forward(ctx, x, up, down):
         from quack.gemm_interface import gemm_act
-        before, hidden = gemm_act(x.flatten(0, 1), up.mT, activation="relu_sq", tuned=False)
+        before, hidden = gemm_act(x, up.mT, activation="relu_sq", tuned=False)
         ctx.save_for_backward(x, up, down, before)
-        return (hidden @ down).view_as(x)
+        return hidden @ down
 
     @staticmethod
     def backward(ctx, gradient):
         from quack.gemm_interface import gemm_dact
         x, up, down, before = ctx.saved_tensors
-        gradient = gradient.flatten(0, 1)
         by_before, hidden = gemm_dact(gradient, down.mT, before, activation="relu_sq", tuned=False)
-        return (by_before @ up).view_as(x), by_before.mT @ x.flatten(0, 1), hidden.mT @ gradient
+        return by_before @ up, by_before.mT @ x, hidden.mT @ gradient
 
 
 class Mudd(nn.Module):
