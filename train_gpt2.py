@@ -837,9 +837,9 @@ def rms_norm(x, epsilon):
 
 
 def gate(x, weight):
-    """(..., D), (gates, n) or (n,) -> (..., gates) or (...,) in (0, 1), from the first n channels
+    """(..., D), (gates, n) or (n,) -> (..., gates, 1) or (..., 1) in (0, 1), from the first n channels
     (#28). Weights of zero give 1/2."""
-    return torch.sigmoid(x[..., :weight.shape[-1]] @ weight.to(x.dtype).movedim(-1, 0))
+    return torch.sigmoid(x[..., :weight.shape[-1]] @ weight.to(x.dtype).movedim(-1, 0))[..., None]
 
 
 def rotary_tables(frequencies, positions, channels, dtype):
@@ -881,7 +881,7 @@ def offset_keys(key, turning):
 
 def smear(embedding, weight, gate_weight):
     """Smear (#34): add to each embedding of (R, T, D) a gated share of the one before."""
-    share = (weight * gate(embedding, gate_weight))[..., None]
+    share = weight * gate(embedding, gate_weight)
     return embedding + share * F.pad(embedding[:, :-1], (0, 0, 1, 0))
 
 
@@ -1162,7 +1162,7 @@ class Block(nn.Module):
         """The weight of `skip`: () or, gated by x0, (R, T, 1) (#45, #55)."""
         if self.skip_gate is None:
             return self.skip_mix
-        return (2 * self.skip_mix.sigmoid() * gate(x0, self.skip_gate))[..., None]
+        return 2 * self.skip_mix.sigmoid() * gate(x0, self.skip_gate)
 
     def added_to_values(self, normed, value_embedding):
         """The value embedding by head, (R, T, H, K), or None (#14). Gates see both inputs (#55, #70)."""
@@ -1173,7 +1173,7 @@ class Block(nn.Module):
             return by_head
         half = self.value_gate.shape[-1] // 2
         seen = torch.cat((normed[..., :half], value_embedding[..., :half]), dim=-1)
-        return 2 * gate(seen, self.value_gate)[..., None] * by_head
+        return 2 * gate(seen, self.value_gate) * by_head
 
     def mlp_sublayer(self, x, residual, output):
         """(R, T, D) -> the stream. Weights of it and of the MLP's output: (R, T, 1) from MUDD, else None."""
@@ -1215,7 +1215,7 @@ class Block(nn.Module):
         if self.xsa is not None:
             out = leave_out(out, value, self.xsa)
         if self.attention_gate is not None:
-            out = out * gate(x, self.attention_gate)[..., None]
+            out = out * gate(x, self.attention_gate)
         return F.linear(out.flatten(2), out_weight), own_value
 
 
