@@ -901,9 +901,9 @@ def sign_rows(tokens, rows):
     return (tokens ^ previous(tokens)) % rows
 
 
-def on_first(part, width):
-    """(R, T, n) -> (R, T, width): zeros after the first n channels."""
-    return F.pad(part, (0, width - part.shape[-1]))
+def on_first(part, x):
+    """(R, T, n) -> as wide as x (R, T, D): zeros after the first n channels."""
+    return F.pad(part, (0, x.shape[-1] - part.shape[-1]))
 
 
 def leave_out(out, value, alpha):
@@ -1021,15 +1021,15 @@ class Entrance(nn.Module):
         stream begins; the signed bigram; {layer: what is added to the stream, (R, T, D)}."""
         if self.smear_mix is not None:
             embedding = smear(embedding, self.smear_mix, self.smear_gate)
-        x0, width = rms_norm(embedding, self.epsilon), embedding.shape[-1]
+        x0 = rms_norm(embedding, self.epsilon)
         if bigram is not None:
             bigram = bigram if signs is None else bigram * signs
-            x0 = x0 + on_first(self.bigram_mix[0] * bigram, width)
+            x0 = x0 + on_first(self.bigram_mix[0] * bigram, x0)
         x0_mix = () if self.x0_mix is None else by_token(self.x0_mix, x0).split(1, dim=1)
         injected = {layer: (weight * x0).to(x0.dtype)
                     for layer, weight in zip(self.x0_layers, x0_mix, strict=True)}
         for i, layer in enumerate(self.bigram_layers, 1):
-            injected[layer] = injected.get(layer, 0) + on_first(self.bigram_mix[i] * bigram, width)
+            injected[layer] = injected.get(layer, 0) + on_first(self.bigram_mix[i] * bigram, x0)
         return x0, bigram, injected
 
 
@@ -1155,7 +1155,7 @@ class Block(nn.Module):
         added = added + weighted_sum(of_values, streams).unflatten(-1, (self.heads, -1))
         injected = of_x0 * shared.x0
         if shared.bigram is not None:
-            injected = injected + on_first(of_bigram * shared.bigram, x.shape[-1])
+            injected = injected + on_first(of_bigram * shared.bigram, x)
         return x + weighted_sum(of_stream, streams), added, injected, of_attention, of_mlp
 
     def skip_share(self, x0):
