@@ -1662,7 +1662,7 @@ ORTHOGONALISERS = {
 
 
 def orthogonalise(update, kind, dtype):
-    """(..., rows, columns) -> the same shape in `dtype`: about U V^T of each matrix U S V^T
+    """(n, rows, columns) -> the same shape in `dtype`: about U V^T of each matrix U S V^T
     (Muon). The input's scale does not matter: its largest entry divides it first. A zero
     matrix stays zero."""
     margin, quintics = ORTHOGONALISERS[kind]
@@ -1670,11 +1670,11 @@ def orthogonalise(update, kind, dtype):
     norm = x.square().sum((-2, -1), keepdim=True).sqrt()
     x = (x / (margin * norm).clamp_min(1)).to(dtype)
     tall = x.shape[-2] > x.shape[-1]
-    x = (x.mT if tall else x).reshape(-1, *sorted(x.shape[-2:]))  # (matrices, short side, long side)
+    x = x.mT if tall else x  # products are taken over the long side
     for a, b, c in quintics:
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return (x.mT if tall else x).reshape(update.shape)
+    return x.mT if tall else x
 
 
 def averaged_axis(matrices):
