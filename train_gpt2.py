@@ -1368,7 +1368,7 @@ class GPT(nn.Module):
         source = first_value = first_embedding = None
         for i, block in enumerate(self.blocks):
             before, value_embedding = x, None
-            mask = masks.get((block.short, block.paired))  # None without attention
+            mask = masks.get((block.short, block.paired))  # perhaps None, for a layer without attention
             if i in config.value_layers:
                 value_embedding = TableRows.apply(next(value_tables), inputs, by_row)
                 if first_embedding is None:
@@ -1391,8 +1391,8 @@ class GPT(nn.Module):
         weighted targets, for training; of the next tokens alone, to report. Targets cross document
         borders, as in the records."""
         hidden = self(batch.inputs, batch.starts, phase).flatten(0, 1)
-        targets = [F.pad(batch.targets[:, k:], (0, k), value=-1) for k in range(len(phase.token_weights))]
         weights = [*phase.token_weights]
+        targets = [F.pad(batch.targets[:, k:], (0, k), value=-1) for k in range(len(weights))]
         if phase.prefix_weight and self.prefixes is not None:
             targets.append(self.prefixes[batch.targets])
             weights.append(phase.prefix_weight)
