@@ -753,16 +753,15 @@ def block_mask(first_key, size=MASK_BLOCK):
     full_end = torch.searchsorted(inside, diagonal, right=True, out_int32=True)
     partial_end = torch.searchsorted(reach, diagonal, right=True, out_int32=True)
 
-    def listed(begin, end, with_diagonal):
-        """Intervals -> lengths (R, 1, N) and block numbers (R, 1, N, N). with_diagonal: 1, the
-        diagonal goes first; 0, it stays out."""
-        numbers = (begin[..., None] - with_diagonal + block).clamp_(max=len(block) - 1)
-        if with_diagonal:
-            numbers[..., 0] = diagonal
-        return (end - begin + with_diagonal)[:, None], numbers[:, None]
+    def listed(begin, end):
+        """Intervals -> lengths (R, 1, N) and block numbers (R, 1, N, N)."""
+        numbers = (begin[..., None] + block).clamp_(max=len(block) - 1)
+        return (end - begin)[:, None], numbers[:, None]
 
-    partial, full = listed(reach, inside, 1), listed(inside, diagonal, 0)
-    partial_of_keys, full_of_keys = listed(full_end, partial_end, 1), listed(diagonal + 1, full_end, 0)
+    partial, full = listed(reach - 1, inside), listed(inside, diagonal)
+    partial_of_keys, full_of_keys = listed(full_end - 1, partial_end), listed(diagonal + 1, full_end)
+    for _, numbers in (partial, partial_of_keys):  # the place before the interval is the diagonal's
+        numbers[..., 0] = diagonal[:, None]
     # torch refuses blocks smaller than its own tiles, even where SMALL_TILES, below, replaces both.
     return BlockMask((tokens, tokens), *partial, *full, *partial_of_keys, *full_of_keys,
                      BLOCK_SIZE=(MASK_BLOCK, MASK_BLOCK), mask_mod=interval_rule(first_key))
@@ -1350,10 +1349,8 @@ class GPT(nn.Module):
         if config.recompute and torch.is_grad_enabled():
             run = partial(recomputed, run, use_reentrant=False, preserve_rng_state=False)
         by_row = sorted_rows(inputs)
-        if phase.tied:  # not TableRows: the loss has a gradient of this table, too
-            embedding = F.embedding(inputs, self.head)
-        else:
-            embedding = TableRows.apply(self.embedding, inputs, by_row)
+        # The tied table has another gradient, from the loss, which comes through autograd.
+        embedding = TableRows.apply(self.head if phase.tied else self.embedding, inputs, by_row)
         if config.bigram:
             pairs = bigram_rows(inputs, len(self.bigram_table))
             bigram = TableRows.apply(self.bigram_table, pairs, sorted_rows(pairs))
