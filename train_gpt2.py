@@ -94,7 +94,7 @@ STAGES = 3  # equal parts of the schedule; the extension after them is one more
 
 
 class Kind(NamedTuple):
-    """What a setting takes: any text, one of `choices`, a number from `low` to `high`, or as many
+    """What a setting takes: a path, one of `choices`, a number from `low` to `high`, or as many
     numbers as `lengths` allows. The comment on a setting's line is its help."""
 
     of: type
@@ -109,7 +109,7 @@ def one_of(*choices):
 
 
 BY_STAGE = range(1, STAGES + 2)  # lengths; the last value repeats
-Text = Kind(str)
+FilePath = Kind(str)
 Flag = Kind(bool, choices={"true": True, "false": False})
 Number = Kind(float)
 Whole = Kind(int)
@@ -212,12 +212,12 @@ class Recipe:
 class Config(Recipe):
     """A recipe, and where and how it runs, which may change when a run is resumed."""
 
-    train_files: Text = "data/fineweb10B/fineweb_train_*.bin"  # training shards, in name order
-    val_files: Text = "data/fineweb10B/fineweb_val_*.bin"  # validation shards
-    out: Text = "logs"  # parent of the run's own folder
+    train_files: FilePath = "data/fineweb10B/fineweb_train_*.bin"  # training shards, in name order
+    val_files: FilePath = "data/fineweb10B/fineweb_val_*.bin"  # validation shards
+    out: FilePath = "logs"  # parent of the run's own folder
     save_every: Whole = 0  # updates between checkpoints, rounded up to Adam's; 0: when stopped
     keep: Count = 2  # newest checkpoints to keep
-    resume: Text = "none"  # none, a checkpoint or run folder, auto: this recipe's newest
+    resume: FilePath = "none"  # none, a checkpoint or run folder, auto: this recipe's newest
     device: one_of("auto", "cpu", "cuda") = "auto"  # auto: the GPU if there is one
     head_dtype: one_of("auto", "float8", "wide") = "auto"  # head's matmuls; auto: float8 on new GPUs
     compile: one_of("auto", "none") = "auto"  # auto: torch.compile on a GPU
@@ -529,7 +529,7 @@ class TokenStream:
     def __init__(self, pattern):
         """Raises UserError."""
         self.pattern = pattern
-        paths = sorted(glob.glob(os.path.expanduser(pattern)))
+        paths = sorted(glob.glob(pattern))
         if not paths:
             small = "; a small model trains on a CPU: ./run.sh --preset tiny" * ("fineweb" in pattern)
             raise UserError(f"no shard matches {pattern}; make some: {shard_command(pattern)}{small}")
@@ -2129,8 +2129,8 @@ def typed(option, text):
     with contextlib.suppress(KeyError, ValueError):
         if choices:
             return choices[text]
-        if of is str:
-            return text
+        if of is str:  # a path
+            return os.path.expanduser(text)
         values = tuple(map(of, [] if text == "none" else text.split(",")))
         if len(values) in (lengths or [1]) and all(low <= value <= high for value in values):
             return values if lengths else values[0]
@@ -2197,7 +2197,6 @@ def parse_command_line(arguments):
             name = f"(?<![a-z]){one}(?![a-z])(?=[^/]*$)"
             given.setdefault(f"{other}_files", re.sub(name, other, pattern))
     values |= given
-    values["out"] = os.path.expanduser(values["out"])
     return check_config(Config(**values))
 
 
@@ -2216,7 +2215,7 @@ def base_values(given):
     given["resume"] becomes."""
     resume = given.get("resume", "none")
     if resume not in ("none", "auto"):
-        place = Path(os.path.expanduser(resume))
+        place = Path(resume)
         files = saved_files(place) if place.is_dir() else [place]
         if not files:
             raise UserError(f"{place} holds no checkpoint and no model.pt; give the folder of a run that has")

@@ -344,8 +344,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
                                epilog=f"rungs:\n{rungs}", formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--size", default="tiny", choices=SIZES, help="small models, or the recipes as they are")
-    add("--train-files", metavar="GLOB", help="training shards (those of train_gpt2.py)")
-    add("--val-files", metavar="GLOB", help="validation shards (the same)")
+    add("--train-files", type=os.path.expanduser, metavar="GLOB", help="training shards (those of train_gpt2.py)")
+    add("--val-files", type=os.path.expanduser, metavar="GLOB", help="validation shards (the same)")
     add("--steps", type=int, metavar="N", help=f"length of gpt2, whose tokens all get (160, at 124M {Config.steps})")
     add("--seeds", type=int, default=3, metavar="N", help="runs of each configuration (3)")
     add("--rungs", metavar="A,B", help="only these, each compared with the one before it in the list (all)")

@@ -64,7 +64,7 @@ def made_up_tokens(count: int, separator: int = train_gpt2.GPT2_SEPARATOR, longe
 
 def vocabulary_of(config: Config) -> tuple[int, int]:
     """(vocabulary, separator) of the training shards; without any, what they will have."""
-    if paths := sorted(glob.glob(os.path.expanduser(config.train_files))):
+    if paths := sorted(glob.glob(config.train_files)):
         return train_gpt2.open_shard(paths[0])[2:]
     if config.train_files == train_gpt2.preset_values("tiny")["train_files"]:
         return BYTES.vocabulary, BYTES.separator
@@ -74,7 +74,7 @@ def vocabulary_of(config: Config) -> tuple[int, int]:
 def open_rows(config: Config, folder: str) -> tuple[TokenStream, np.ndarray | None, str]:
     """The training shards, else a made-up one in `folder`; prefixes, if the recipe has them; and which of the two."""
     rows = f"rows of {config.train_files}"
-    if glob.glob(os.path.expanduser(config.train_files)):
+    if glob.glob(config.train_files):
         stream = TokenStream(config.train_files)
     else:
         shard, (vocabulary, separator) = Path(folder) / "shard.bin", vocabulary_of(config)
