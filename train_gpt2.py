@@ -495,8 +495,8 @@ def open_shard(path):
         file.readinto(header)
     magic, version, count, vocabulary, separator = header.tolist()
     size = os.path.getsize(path)
-    vocabulary = vocabulary or GPT2_VOCABULARY  # 0 in FineWeb's shards
-    separator = separator or (GPT2_SEPARATOR if vocabulary > GPT2_SEPARATOR else 0)
+    if not vocabulary:  # FineWeb's shards name neither
+        vocabulary, separator = GPT2_VOCABULARY, GPT2_SEPARATOR
     if (magic, version) != (SHARD_MAGIC, SHARD_VERSION):
         raise UserError(
             f"{path} is no token shard: it begins with {magic}, {version}, expected {SHARD_MAGIC}, "
