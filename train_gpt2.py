@@ -534,11 +534,7 @@ class TokenStream:
             small = "; a small model trains on a CPU: ./run.sh --preset tiny" * ("fineweb" in pattern)
             raise UserError(f"no shard matches {pattern}; make some: {shard_command(pattern)}{small}")
         self.shards = [open_shard(path) for path in paths]
-        kinds = {(shard.vocabulary, shard.separator): shard.path for shard in self.shards}
-        if len(kinds) > 1:
-            raise UserError(f"shards have different (vocabulary, separator): {kinds}; encode all alike")
-        self.kind, = kinds
-        self.vocabulary, self.separator = self.kind
+        self.vocabulary, self.separator = self.shards[0][2:]
         self.first = [0, *accumulate(shard.tokens for shard in self.shards)]  # where shards begin; the end
         self.tokens = self.first[-1]
 
@@ -1962,9 +1958,9 @@ class Progress(NamedTuple):
 def open_data(config):
     """Open and check all data. Raises UserError before anything is computed or written."""
     train, val = TokenStream(config.train_files), TokenStream(config.val_files)
-    if train.kind != val.kind:
-        raise UserError("training and validation shards have (vocabulary, separator) "
-                        f"{train.kind} and {val.kind}; encode alike")
+    encodings = {shard[2:]: shard.path for shard in train.shards + val.shards}
+    if len(encodings) > 1:
+        raise UserError(f"shards differ in (vocabulary, separator): {encodings}; encode all alike")
     for stream, least in ((train, max(config.row_tokens) + 1), (val, 2)):
         if stream.tokens < least:
             raise UserError(f"{stream.pattern} has {stream.tokens} tokens, expected {least} or more; make "
