@@ -571,17 +571,16 @@ class TokenStream:
 
 def read_prefixes(stream):
     """(vocabulary,) int32: for each token, the token that is its bytes' longest proper
-    prefix (#88), or -1. None if no token has one. `data/` writes it beside the shards.
-    Raises UserError."""
-    path = os.path.join(os.path.dirname(stream.shards[0].path), PREFIXES)
-    if not os.path.isfile(path):
+    prefix (#88), or -1. `data/` writes it beside the shards. Raises UserError."""
+    path = Path(stream.shards[0].path).with_name(PREFIXES)
+    if not path.is_file():
         raise UserError(f"the prefix loss needs {path}; make it: {shard_command(path)}; or give "
                         "--prefix-weight 0")
     prefixes = np.fromfile(path, "<i4")
     count = stream.vocabulary
     if os.path.getsize(path) != 4 * count or prefixes.min() < -1 or prefixes.max() >= count:
         raise damaged(path, f"is not {count} tokens or -1 as int32")
-    return prefixes if prefixes.max() >= 0 else None
+    return prefixes
 
 
 class Batch(NamedTuple):
@@ -1986,7 +1985,7 @@ def open_data(config):
     prefixes, fingerprints = None, trained | validated
     if config.prefix_weight:
         prefixes = read_prefixes(train)
-        fingerprints[PREFIXES] = spelled(0 if prefixes is None else zlib.crc32(prefixes))
+        fingerprints[PREFIXES] = spelled(zlib.crc32(prefixes))
     return Data(train, val, min(config.val_tokens, val.tokens - 1), prefixes, fingerprints)
 
 

@@ -165,8 +165,6 @@ def test_prefixes_are_read_beside_the_shards(tmp_path):
     changed[good.argmax()] = -1  # another table is another training set
     changed.tofile(path)
     assert open_data(config).fingerprints != data.fingerprints
-    np.full(257, -1, "<i4").tofile(path)
-    assert open_data(config).prefixes is None
     for bad in (good[:-1], np.append(good, 0), np.where(good < 0, -2, good), np.where(good < 0, 257, good)):
         bad.astype("<i4").tofile(path)
         with pytest.raises(UserError, match=PREFIXES):
