@@ -2623,9 +2623,7 @@ def read_checkpoint(path, wanted=None):
         with zipfile.ZipFile(path) as archive:
             if any(part.compress_type for part in archive.infolist()):
                 raise ValueError("it is compressed, which torch.save never does")
-            for part in archive.namelist():  # checks the settings' CRC; the rest only if they match
-                if part.endswith("data.pkl"):
-                    archive.read(part)
+            archive.read(archive.namelist()[0])  # data.pkl: checks its CRC; the rest only if settings match
             saved = torch.load(path, weights_only=True, mmap=True)
             for part in (saved["config"], saved["shards"]):
                 if any(type(text) is not str for text in (*part, *part.values())):
