@@ -2238,6 +2238,8 @@ def check_config(config):
         ("attention_source", len(config.attention_source) > 1, "one layer or none"),
         ("attention_free", config.mudd and config.layers - 1 in config.attention_free,
          "without the last layer, for --mudd true"),
+        ("attention_free", {*config.value_layers, *config.xsa_layers} & {*config.attention_free},
+         "without the layers of --value-layers and --xsa-layers"),
         ("rotary_share", turning and channels % turning, "of channels that divide a head's"),
         ("softcap", config.softcap[0] < 0 or config.softcap[0] and config.softcap[1] <= 0,
          "of h from 0 and r above 0"),
@@ -2247,9 +2249,6 @@ def check_config(config):
         if option.type is Layers:
             wrong = max(getattr(config, option.name), default=0) >= config.layers
             rules.append((option.name, wrong, f"below --layers {config.layers}"))
-    for name in ("value_layers", "xsa_layers"):
-        wrong = {*getattr(config, name)} & {*config.attention_free}
-        rules.append((name, wrong, f"without --attention-free {spelled(config.attention_free)}"))
     for name, wrong, right in rules:
         if wrong:
             raise UserError(f"{flag(name)} {spelled(getattr(config, name))} must be {right}")

@@ -70,7 +70,7 @@ def test_a_value_out_of_bounds_is_refused(name, text):
     ("gated_skip", dict(gated_skip=(3,))),
     ("gated_skip", dict(gated_skip=(6, 3))), ("gated_skip", dict(unet_skips=True)),
     ("attention_free", dict(value_residual=True, attention_free=(0,), value_layers=())),
-    ("value_layers", dict(value_layers=(6,))), ("attention_source", dict(attention_source=(1, 2))),
+    ("attention_free", dict(value_layers=(6,))), ("attention_source", dict(attention_source=(1, 2))),
     ("softcap", dict(softcap=(1.0, 0.0, 0.0))), ("out", dict(out=os.fsdecode(b"logs\xff"))),
     ("paired_layers", dict(paired_layers=(11,)))])
 def test_settings_that_contradict_each_other_are_refused(name, changes):
