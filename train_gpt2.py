@@ -345,7 +345,7 @@ def stage_borders(config):
 
 def stage_of(step, config):
     """0, 1, 2, or 3 in the extension. The last validation belongs to the last step's stage."""
-    return sum(min(step, config.steps - 1) >= border for border in stage_borders(config)[1:-1])
+    return bisect(stage_borders(config)[1:-1], min(step, config.steps - 1))
 
 
 def tokens_until(step, config):
