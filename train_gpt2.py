@@ -539,11 +539,11 @@ class TokenStream:
         self.tokens = self.first[-1]
 
     def fingerprints(self, part=""):
-        """For each shard, to recognise it on resume: its header, and a checksum of 64 pieces of
-        1,024 tokens, or of all tokens if there are at most 2^20. part: how names begin."""
+        """For each shard, to recognise it on resume: its header, and a checksum of 64 pieces of 2^14
+        tokens, which are all of a shard of up to 2^20. part: how names begin."""
         found = {}
         for number, shard in enumerate(self.shards):
-            size = 1024 if shard.tokens > 2**20 else -(-shard.tokens // 64)
+            size = min(2**14, shard.tokens)
             checksum = 0
             for start in np.linspace(0, shard.tokens - size, 64).astype(int).tolist():
                 checksum = zlib.crc32(read_tokens(shard, start, size), checksum)
