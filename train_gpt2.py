@@ -2220,17 +2220,16 @@ def base_values(given):
 
 def check_config(config):
     """Returns it. Raises UserError if settings contradict each other."""
-    rows, batches = (
-        np.array([value_at(values, stage) for stage in range(STAGES + 1)])
-        for values in (config.row_tokens, config.tokens_per_step))
     skip = config.gated_skip
     channels, turning = head_channels(config)
     rules = [  # setting, whether it is wrong, what it must be
         ("width", config.width % (2 * config.heads), f"a multiple of twice --heads {config.heads}"),
         ("heads", config.paired_layers and config.heads % 2, "even, for --paired-layers"),
-        ("row_tokens", any(rows % MASK_BLOCK), f"multiples of {MASK_BLOCK}"),
+        ("row_tokens", any(size % MASK_BLOCK for size in config.row_tokens), f"multiples of {MASK_BLOCK}"),
         ("val_row_tokens", config.val_row_tokens % MASK_BLOCK, f"a multiple of {MASK_BLOCK}"),
-        ("tokens_per_step", any(batches % rows), f"multiples of --row-tokens {rows}"),
+        ("tokens_per_step", any(value_at(config.tokens_per_step, stage) % value_at(config.row_tokens, stage)
+                                for stage in range(STAGES + 1)),
+         f"multiples of --row-tokens {spelled(config.row_tokens)}"),
         ("gated_skip", skip and (len(skip) != 2 or skip[0] >= skip[1]), "FROM,TO with FROM before TO"),
         ("gated_skip", skip and config.unet_skips, "none, with --unet-skips true"),
         ("attention_free", config.value_residual and 0 in config.attention_free,
@@ -2394,7 +2393,7 @@ def checked_kernels(config, processes, compiled, log):
                     raise ValueError("the model is not compiled")
                 check_kernel(name, config, processes.device)
             except (Exception, SystemExit) as error:  # whatever importing and compiling may raise
-                problem = f"{error!r:.200}" or "it fails"
+                problem = f"{error!r:.200}"
         if problem := max(processes.gather_values(problem)):
             log.line(f"notice: {flag(name)} {plain}, not {asked}: {' '.join(problem.split())}; both come with "
                      "pip install 'flash-attn-4[cu13]==4.0.0b36', for a GPU")
