@@ -458,7 +458,7 @@ def yarn(stage, config):
 # one stream. Only the stream and the recipe decide which tokens form which row: the number of
 # processes does not.
 
-SHARD_MAGIC, SHARD_VERSION, HEADER_BYTES = 20240520, 1, 1024
+MAGIC_AND_VERSION, HEADER_BYTES = [20240520, 1], 1024
 GPT2_VOCABULARY, GPT2_SEPARATOR, PREFIXES = 50257, 50256, "prefixes.bin"
 
 
@@ -490,17 +490,15 @@ def open_shard(path):
     if not os.path.isfile(path):
         raise UserError(f"{path} is not a regular file; shards are given by a pattern in quotes, such as "
                         "--train-files 'data/mine/text_train_*.bin'")
-    header = np.zeros(5, "<i4")  # stays zero beyond the file's end
-    with open(path, "rb") as file:
-        file.readinto(header)
-    magic, version, count, vocabulary, separator = header.tolist()
+    header = np.fromfile(path, "<i4", 5).tolist()
+    if header[:2] != MAGIC_AND_VERSION or len(header) < 5:
+        raise UserError(
+            f"{path} is no token shard: it begins with {header}, expected {MAGIC_AND_VERSION} and more; "
+            f"if it is text: {tool('data/text.py')} {shlex.quote(path)} --out data/mine")
+    count, vocabulary, separator = header[2:]
     size = os.path.getsize(path)
     if not vocabulary:  # FineWeb's shards name neither
         vocabulary, separator = GPT2_VOCABULARY, GPT2_SEPARATOR
-    if (magic, version) != (SHARD_MAGIC, SHARD_VERSION):
-        raise UserError(
-            f"{path} is no token shard: it begins with {magic}, {version}, expected {SHARD_MAGIC}, "
-            f"{SHARD_VERSION}; if it is text: {tool('data/text.py')} {shlex.quote(path)} --out data/mine")
     if count <= 0 or size != HEADER_BYTES + 2 * count:
         raise damaged(path, f"has {size} bytes, expected {HEADER_BYTES + 2 * count} for {count} tokens")
     if not 0 <= separator < vocabulary <= 65_536:
