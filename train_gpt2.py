@@ -442,7 +442,7 @@ def yarn(stage, config):
     grows sharper.
     """
     channels, turning = head_channels(config)
-    exponents = torch.arange(0, turning, 2, dtype=torch.float64) / max(1, turning)
+    exponents = torch.arange(0, turning, 2, dtype=torch.float64) / turning
     frequencies = config.rotary_base**-exponents
     scale = config.attention_scale or channels**-0.5
     for before in range(min(stage, config.yarn)):
@@ -2684,7 +2684,7 @@ def checkpoint_to_resume(config, data, processes):
     if finished.parent.parent.resolve() == Path(config.out).resolve():  # training again would overwrite it
         with contextlib.suppress(UserError):  # none, or a damaged one
             saved = read_checkpoint(finished)
-    theirs = identity(saved["config"]) | dict(saved["shards"])
+    theirs = identity(saved["config"]) | saved["shards"]
     ours = identity(config) | data.fingerprints
     for name in theirs | ours:
         if theirs.get(name) != ours.get(name):
