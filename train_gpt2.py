@@ -42,7 +42,7 @@ import zipfile
 import zlib
 from bisect import bisect
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from datetime import timedelta
 from functools import partial
 from itertools import accumulate, islice, pairwise
@@ -1995,7 +1995,7 @@ def training_loop(model, groups, data, processes, log, progress, received):
     for _ in range(first):  # skip the steps done, before the clock runs
         next(batches)
     batches = prefetched(batches, processes.device)
-    clock = Clock(processes, progress.seconds)
+    clock = Clock(processes, progress.seconds, time.perf_counter())
     reports = Reports(groups, data.train, processes, log, clock)
     for step in range(first, config.steps + 1):
         may_save = first < step < config.steps and step % config.adam_every == 0
@@ -2725,7 +2725,7 @@ class Clock:
 
     processes: Processes
     seconds: float
-    began: float = field(default_factory=time.perf_counter)
+    began: float  # when it last started, by time.perf_counter()
 
     def now(self):
         return self.seconds + time.perf_counter() - self.began
