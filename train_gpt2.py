@@ -543,7 +543,7 @@ class TokenStream:
         for number, shard in enumerate(self.shards):
             size = min(2**14, shard.tokens)
             checksum = 0
-            for start in np.linspace(0, shard.tokens - size, 64).astype(int).tolist():
+            for start in np.linspace(0, shard.tokens - size, 64, dtype=int):
                 checksum = zlib.crc32(read_tokens(shard, start, size), checksum)
             found[f"{part}shard {number}: {Path(shard.path).name}"] = spelled((*shard[1:], checksum))
         return found
@@ -2351,8 +2351,7 @@ def for_device(config, processes):
 def compile_cache(config):
     """Where torch keeps compiled code: below --out, unless TORCHINDUCTOR_CACHE_DIR says otherwise."""
     os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")  # in a folder of its own
-    own = str(Path(config.out, "compile_cache").absolute())
-    return os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", own)
+    return os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.abspath(f"{config.out}/compile_cache"))
 
 
 def check_kernel(name, config, device):
