@@ -2502,17 +2502,16 @@ def describe(model, groups, processes, log):
         log.line(
             f"{group.name:14} {sum(p.numel() for p in group.parameters):13,} parameters, "
             f"{type(group).__name__}, {group.weights.dtype}")
-    log.line(f"{'all':14} {sum(p.numel() for p in model.parameters()):13,} parameters")
-    log.line(
-        f"{config.preset}: {config.steps} steps of {spelled(config.tokens_per_step)} tokens in "
-        f"rows of {spelled(config.row_tokens)}; {processes.world} process(es) on "
-        f"{processes.device.type}, {config.dtype}" + ", head in float8" * model.float8)
     matrices = model.head.numel() + sum(p.numel() for p in model.blocks.parameters())
     flop = 6 * matrices * tokens_until(config.steps, config)
     minutes = ""
     if processes.device.type == "cpu":  # a core does about 20 billion a second
         minutes = f" ({flop / 2e10 / os.cpu_count() / 60:,.1f} minutes here)"
     log.line(
+        f"{'all':14} {sum(p.numel() for p in model.parameters()):13,} parameters\n"
+        f"{config.preset}: {config.steps} steps of {spelled(config.tokens_per_step)} tokens in "
+        f"rows of {spelled(config.row_tokens)}; {processes.world} process(es) on "
+        f"{processes.device.type}, {config.dtype}{', head in float8' if model.float8 else ''}\n"
         f"about {flop:.1e} FLOP{minutes}, and {size / 2**20:,.0f} MiB of weights, gradients and "
         "optimizer state, besides activations")
 
