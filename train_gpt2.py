@@ -2265,7 +2265,7 @@ class Processes(NamedTuple):
     def synchronize(self):
         """Wait for the device, so that the host's clock means something."""
         if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+            torch.cuda.synchronize()
 
     def barrier(self):
         """Wait for every process, half an hour at most: one may be compiling or writing."""
@@ -2519,7 +2519,7 @@ def describe(model, groups, processes, log):
 def peak_memory(processes):
     """Peak memory of this process in MiB: allocated on the GPU, or resident on the CPU."""
     if processes.device.type == "cuda":
-        return torch.cuda.max_memory_allocated(processes.device) / 2**20
+        return torch.cuda.max_memory_allocated() / 2**20
     unit = 2**20 if sys.platform == "darwin" else 2**10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
