@@ -2064,8 +2064,8 @@ def train(config, processes):
         processes.barrier()
         log.line(f"final val_loss {progress.val_loss:.4f} nats per token, training time "
                  f"{progress.seconds:.2f} s, {tokens_until(config.steps, config) / progress.seconds:,.0f} "
-                 f"tokens/s, peak memory {peak_memory(processes):,.0f} MiB; all of it in {log.folder}")
-        log.line(f"a sample of it: {tool('evals/sample.py')} {shlex.quote(str(path))}")
+                 f"tokens/s, peak memory {peak_memory(processes):,.0f} MiB; all of it in {log.folder}\n"
+                 f"a sample of it: {tool('evals/sample.py')} {shlex.quote(str(path))}")
     return log.folder
 
 
