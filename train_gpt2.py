@@ -464,8 +464,8 @@ GPT2_VOCABULARY, GPT2_SEPARATOR, PREFIXES = 50257, 50256, "prefixes.bin"
 
 class Shard(NamedTuple):
     """A checked file: 256 little-endian int32 (magic, version, tokens, vocabulary, separator), then
-    uint16 tokens. Vocabulary 0 means GPT-2's, and so does separator 0 if the vocabulary has it. A
-    document begins with a separator and may go on in the next shard."""
+    uint16 tokens. Vocabulary 0 means GPT-2's tokens. A document begins with a separator and may go on
+    in the next shard."""
 
     path: str
     tokens: int
