@@ -7,7 +7,8 @@
 
 Part I is the recipe, in the order in which data flows:
 
-    config -> schedules -> shards to rows -> masks -> model -> loss -> optimizers -> a step -> the loop
+    config -> schedules -> shards to rows -> masks -> model -> loss -> gradients of tables
+    -> optimizers -> a step -> the loop
 
 Part II is the machinery: command line, processes, log, checkpoints, clock and signals, errors.
 
@@ -55,7 +56,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
-from torch.utils.checkpoint import checkpoint as recomputed
+from torch.utils.checkpoint import checkpoint as activation_checkpoint
 from tqdm import tqdm
 
 try:  # comes with torch for GPUs
@@ -441,8 +442,8 @@ def yarn(stage, config):
     slowed by W / W', one of more than 32 turns is kept, those between are blended. The softmax
     grows sharper.
     """
-    channels, turning = head_channels(config)
-    exponents = torch.arange(0, turning, 2, dtype=torch.float64) / turning
+    channels, rotary_channels = head_channels(config)
+    exponents = torch.arange(0, rotary_channels, 2, dtype=torch.float64) / rotary_channels
     frequencies = config.rotary_base**-exponents
     scale = config.attention_scale or channels**-0.5
     for before in range(min(stage, config.yarn)):
@@ -793,6 +794,18 @@ def block_size(config):
     return SMALL_BLOCK if small else MASK_BLOCK
 
 
+def attention_masks(model, starts, windows):
+    """(R, T) bool and the (long, short) windows -> {(short, paired): mask}. In paired layers a
+    token has two positions, and the window counts positions."""
+    masks, document = {}, document_starts(starts)
+    size = block_size(model.config) if torch.is_grad_enabled() else MASK_BLOCK  # validation has long rows
+    for short, paired in {(block.short, block.paired) for block in model.blocks if block.attends}:
+        starting = document.repeat_interleave(2, dim=1) * 2 if paired else document
+        first_key = first_visible_key(starting, windows[short])
+        masks[short, paired] = block_mask(first_key, size) if model.compiled else span_mask(first_key)
+    return masks
+
+
 # By attention kernel. FlashAttention compiles its kernels once per name: a name that describes what
 # stands around them in a layer would be another for each kind of layer.
 COMPILE_OPTIONS = {"triton": {}, "flash": {"triton.descriptive_names": False}}
@@ -815,8 +828,8 @@ def attention(query, key, value, mask, kernel="triton"):
 
 # --------------------------------------------------------------------------------------------------
 # Model. In: rows, and where their documents start. Out: the last hidden state (R, T, D), which the
-# loss takes to logits. Each block adds to the residual stream, (R, T, D). First values and sizes below
-# are the records'.
+# loss takes to logits. Each block adds to the residual stream, (R, T, D). Initial values and sizes
+# below are the records'.
 
 GATE_CHANNELS, MLP_RATIO, MUDD_WIDTH = 12, 4, 64
 BIGRAM_INIT, VALUE_INIT, EMBEDDING_INIT = 0.05, 0.01, 0.005
@@ -852,11 +865,11 @@ def for_heads(table, tokens, heads, paired):
     return table[:tokens, None]
 
 
-def rotary(x, cosine, sine, turning):
-    """Rotary position embedding (RoFormer) of (R, T, H, K): for j < n = turning / 2, channels j
+def rotary(x, cosine, sine, rotary_channels):
+    """Rotary position embedding (RoFormer) of (R, T, H, K): for j < n = rotary_channels / 2, channels j
     and j + n rotate as a pair by their position's angle (half-truncated, #17). The other channels
     are flipped too, but with a sine of 0."""
-    across = x.unflatten(-1, (-1, 2, turning // 2)).flip(-2).flatten(-3) if turning else x
+    across = x.unflatten(-1, (-1, 2, rotary_channels // 2)).flip(-2).flatten(-3) if rotary_channels else x
     return x * cosine + across * sine
 
 
@@ -865,10 +878,10 @@ def previous(x):
     return torch.cat((x[:, :1], x[:, :-1]), dim=1)
 
 
-def offset_keys(key, turning):
+def offset_keys(key, rotary_channels):
     """Partial key offset (#49): the unrotated channels of a key (R, T, H, K) come from the token
     before, so that one layer finds what followed an earlier occurrence of a token."""
-    return torch.cat((key[..., :turning], previous(key[..., turning:])), dim=-1)
+    return torch.cat((key[..., :rotary_channels], previous(key[..., rotary_channels:])), dim=-1)
 
 
 def smear(embedding, weight, gate_weight):
@@ -893,12 +906,12 @@ def sign_rows(tokens, rows):
     return (tokens ^ previous(tokens)) % rows
 
 
-def on_first(part, x):
+def pad_channels(part, x):
     """(R, T, n) -> as wide as x (R, T, D): zeros after the first n channels."""
     return F.pad(part, (0, x.shape[-1] - part.shape[-1]))
 
 
-def leave_out(out, value, alpha):
+def xsa(out, value, alpha):
     """XSA (#82): each head's output (R, T, H, K) loses tanh(alpha) of its part along the token's own
     value, which the token knows already. alpha (H,)."""
     along = (out * value).sum(-1, keepdim=True) / value.square().sum(-1, keepdim=True).clamp_min(1e-8)
@@ -1016,12 +1029,12 @@ class Entrance(nn.Module):
         x0 = rms_norm(embedding, self.epsilon)
         if bigram is not None:
             bigram = bigram if signs is None else bigram * signs
-            x0 = x0 + on_first(self.bigram_mix[0] * bigram, x0)
+            x0 = x0 + pad_channels(self.bigram_mix[0] * bigram, x0)
         x0_mix = () if self.x0_mix is None else by_token(self.x0_mix, x0).split(1, dim=1)
         injected = {layer: (weight * x0).to(x0.dtype)
                     for layer, weight in zip(self.x0_layers, x0_mix, strict=True)}
         for i, layer in enumerate(self.bigram_layers, 1):
-            injected[layer] = injected.get(layer, 0) + on_first(self.bigram_mix[i] * bigram, x0)
+            injected[layer] = injected.get(layer, 0) + pad_channels(self.bigram_mix[i] * bigram, x0)
         return x0, bigram, injected
 
 
@@ -1069,7 +1082,7 @@ class Block(nn.Module):
         self.attends = layer not in config.attention_free
         self.paired = layer in config.paired_layers
         self.short = layer in config.short_layers
-        channels, self.turning = head_channels(config)
+        channels, self.rotary_channels = head_channels(config)
         self.key_offset = config.key_offset and not (self.short or self.paired)
         self.gives_values = config.value_residual and layer == 0
         scalar = partial(parameter, dtype=wide(dtype))
@@ -1147,7 +1160,7 @@ class Block(nn.Module):
         added = added + weighted_sum(of_values, streams).unflatten(-1, (self.heads, -1))
         injected = of_x0 * shared.x0
         if shared.bigram is not None:
-            injected = injected + on_first(of_bigram * shared.bigram, x)
+            injected = injected + pad_channels(of_bigram * shared.bigram, x)
         return x + weighted_sum(of_stream, streams), added, injected, of_attention, of_mlp
 
     def skip_share(self, x0):
@@ -1192,85 +1205,23 @@ class Block(nn.Module):
         if self.qk_norm:
             query, key = rms_norm(query, self.epsilon), rms_norm(key, self.epsilon)
         tables = [for_heads(table, tokens, self.heads, self.paired) for table in shared.rotary_tables]
-        query, key = (rotary(part, *tables, self.turning) for part in (query, key))
+        query, key = (rotary(part, *tables, self.rotary_channels) for part in (query, key))
         query, value = query * shared.scale, own_value
         if first_value is not None:
             value = torch.lerp(value, first_value, self.value_mix.to(value.dtype))
         if added is not None:
             value = value + added
         if self.key_offset:
-            key = offset_keys(key, self.turning)
+            key = offset_keys(key, self.rotary_channels)
         # Paired (#58): heads h and h + H / 2 of token t are positions 2 t and 2 t + 1 of one head.
         shape = (rows, 2 * tokens, self.heads // 2, -1) if self.paired else value.shape
         parts = (part.reshape(shape).transpose(1, 2) for part in (query, key, value))
         out = attention(*parts, mask, self.attention_kernel).transpose(1, 2).reshape(value.shape)
         if self.xsa is not None:
-            out = leave_out(out, value, self.xsa)
+            out = xsa(out, value, self.xsa)
         if self.attention_gate is not None:
             out = out * gate(x, self.attention_gate)
         return F.linear(out.flatten(2), out_weight), own_value
-
-
-if triton:
-    @triton.jit
-    def add_rows_kernel(total, parts, rows, places, begins, runs, width: tl.constexpr,
-                        CHANNELS: tl.constexpr, AT_ONCE: tl.constexpr):
-        """total[row] += the sum of parts[place] over that row's places. A program takes every n-th
-        run of equal rows (n programs), CHANNELS channels of it, AT_ONCE places at a time; no two
-        programs write to one element."""
-        channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
-        for run in range(tl.program_id(0), tl.load(runs), tl.num_programs(0)):
-            begin, end = tl.load(begins + run), tl.load(begins + run + 1)
-            target = total + tl.load(rows + begin).to(tl.int64) * width + channel
-            result = tl.load(target, channel < width, 0).to(tl.float32)
-            for at in tl.range(begin, end, AT_ONCE, num_stages=3):
-                index = at + tl.arange(0, AT_ONCE)
-                place = tl.load(places + index, index < end, 0).to(tl.int64)
-                inside = (index < end)[:, None] & (channel < width)[None]
-                part = tl.load(parts + place[:, None] * width + channel[None], inside, 0)
-                result += tl.sum(part.to(tl.float32), 0)
-            tl.store(target, result.to(total.dtype.element_ty), channel < width)
-
-
-def sorted_rows(rows):
-    """(R, T) int -> rows, sorted, and their places, (R T,) int32; begins, (R T + 1,) int32: where
-    each run of equal rows begins, and R T after the last one; runs, (1,): the number of runs."""
-    found, places = rows.flatten().int().sort(stable=True)
-    run = F.pad((found[1:] != found[:-1]).cumsum(0), (1, 0))
-    numbers = torch.arange(len(found) + 1, device=rows.device)
-    return found, places.int(), torch.searchsorted(run, numbers, out_int32=True), run[-1:] + 1
-
-
-def add_rows(total, parts, by_row):
-    """Add parts (R T, n) to the rows of total (V, n), in place. Sums are at least float32: in
-    bfloat16, a token that occurs 2,000 times would lose a quarter of its sum. by_row: from
-    `sorted_rows`."""
-    rows, places, *_ = by_row
-    if parts.is_cuda and total.dtype != torch.float64:  # 0.14 ms on an H100, torch's own 0.49
-        grid = 4096, triton.cdiv(total.shape[1], 64)  # programs, blocks of channels
-        add_rows_kernel[grid](total, parts.contiguous(), *by_row, width=total.shape[1],
-                              CHANNELS=64, AT_ONCE=32, num_warps=1)
-    else:
-        result = total.to(wide(total.dtype))  # total itself, unless it is in bfloat16
-        total.copy_(result.index_add_(0, rows, parts[places].to(result.dtype)))
-
-
-class TableRows(torch.autograd.Function):
-    """Embedding lookup: (V, n), (R, T) int -> (R, T, n). Backward adds to the gradient that the table
-    has, in training its view of a Group's: a separate one, as large as the table, would be written and
-    read for nothing. Autograd then gets none, and calls the table's hook all the same."""
-
-    @staticmethod
-    def forward(ctx, table, rows, by_row):
-        ctx.table, ctx.by_row = table, by_row
-        return F.embedding(rows, table)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        known = ctx.table.grad
-        total = torch.zeros_like(ctx.table) if known is None else known
-        add_rows(total, gradient.flatten(0, 1), ctx.by_row)
-        return total if known is None else None, None, None
 
 
 class GPT(nn.Module):
@@ -1340,7 +1291,7 @@ class GPT(nn.Module):
         bigram = signs = None
         run = self.run_block
         if config.recompute and torch.is_grad_enabled():
-            run = partial(recomputed, run, use_reentrant=False, preserve_rng_state=False)
+            run = partial(activation_checkpoint, run, use_reentrant=False, preserve_rng_state=False)
         by_row = sorted_rows(inputs)
         # The tied table has another gradient, from the loss, which comes through autograd.
         embedding = TableRows.apply(self.head if phase.tied else self.embedding, inputs, by_row)
@@ -1394,18 +1345,6 @@ class GPT(nn.Module):
         """(..., D) -> (..., vocabulary), capped, at least float32."""
         head = self.head[:self.vocabulary].to(hidden.dtype)
         return softcap(F.linear(hidden, head).to(wide(hidden.dtype)), self.config.softcap)[0]
-
-
-def attention_masks(model, starts, windows):
-    """(R, T) bool and the (long, short) windows -> {(short, paired): mask}. In paired layers a
-    token has two positions, and the window counts positions."""
-    masks, document = {}, document_starts(starts)
-    size = block_size(model.config) if torch.is_grad_enabled() else MASK_BLOCK  # validation has long rows
-    for short, paired in {(block.short, block.paired) for block in model.blocks if block.attends}:
-        starting = document.repeat_interleave(2, dim=1) * 2 if paired else document
-        first_key = first_visible_key(starting, windows[short])
-        masks[short, paired] = block_mask(first_key, size) if model.compiled else span_mask(first_key)
-    return masks
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1531,6 +1470,72 @@ class ChunkedLoss(torch.autograd.Function):
 
 
 # --------------------------------------------------------------------------------------------------
+# Gradients of tables. In: the gradient of the rows that were looked up, (R T, n). Out: the table's gradient,
+# (V, n), with the sums of its rows added in place. Most rows get none, so no (V, n) is made for them.
+
+if triton:
+    @triton.jit
+    def add_rows_kernel(total, parts, rows, places, begins, runs, width: tl.constexpr,
+                        CHANNELS: tl.constexpr, AT_ONCE: tl.constexpr):
+        """total[row] += the sum of parts[place] over that row's places. A program takes every n-th
+        run of equal rows (n programs), CHANNELS channels of it, AT_ONCE places at a time; no two
+        programs write to one element."""
+        channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+        for run in range(tl.program_id(0), tl.load(runs), tl.num_programs(0)):
+            begin, end = tl.load(begins + run), tl.load(begins + run + 1)
+            target = total + tl.load(rows + begin).to(tl.int64) * width + channel
+            result = tl.load(target, channel < width, 0).to(tl.float32)
+            for at in tl.range(begin, end, AT_ONCE, num_stages=3):
+                index = at + tl.arange(0, AT_ONCE)
+                place = tl.load(places + index, index < end, 0).to(tl.int64)
+                inside = (index < end)[:, None] & (channel < width)[None]
+                part = tl.load(parts + place[:, None] * width + channel[None], inside, 0)
+                result += tl.sum(part.to(tl.float32), 0)
+            tl.store(target, result.to(total.dtype.element_ty), channel < width)
+
+
+def sorted_rows(rows):
+    """(R, T) int -> rows, sorted, and their places, (R T,) int32; begins, (R T + 1,) int32: where
+    each run of equal rows begins, and R T after the last one; runs, (1,): the number of runs."""
+    found, places = rows.flatten().int().sort(stable=True)
+    run = F.pad((found[1:] != found[:-1]).cumsum(0), (1, 0))
+    numbers = torch.arange(len(found) + 1, device=rows.device)
+    return found, places.int(), torch.searchsorted(run, numbers, out_int32=True), run[-1:] + 1
+
+
+def add_rows(total, parts, by_row):
+    """Add parts (R T, n) to the rows of total (V, n), in place. Sums are at least float32: in
+    bfloat16, a token that occurs 2,000 times would lose a quarter of its sum. by_row: from
+    `sorted_rows`."""
+    rows, places, *_ = by_row
+    if parts.is_cuda and total.dtype != torch.float64:  # 0.14 ms on an H100, torch's own 0.49
+        grid = 4096, triton.cdiv(total.shape[1], 64)  # programs, blocks of channels
+        add_rows_kernel[grid](total, parts.contiguous(), *by_row, width=total.shape[1],
+                              CHANNELS=64, AT_ONCE=32, num_warps=1)
+    else:
+        result = total.to(wide(total.dtype))  # total itself, unless it is in bfloat16
+        total.copy_(result.index_add_(0, rows, parts[places].to(result.dtype)))
+
+
+class TableRows(torch.autograd.Function):
+    """Embedding lookup: (V, n), (R, T) int -> (R, T, n). Backward adds to the gradient that the table
+    has, in training its view of a Group's: a separate one, as large as the table, would be written and
+    read for nothing. Autograd then gets none, and calls the table's hook all the same."""
+
+    @staticmethod
+    def forward(ctx, table, rows, by_row):
+        ctx.table, ctx.by_row = table, by_row
+        return F.embedding(rows, table)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        known = ctx.table.grad
+        total = torch.zeros_like(ctx.table) if known is None else known
+        add_rows(total, gradient.flatten(0, 1), ctx.by_row)
+        return total if known is None else None, None, None
+
+
+# --------------------------------------------------------------------------------------------------
 # Optimizers. In: gradients of this process's rows. Out: updated parameters, equal on all processes.
 # The parameters of a group lie in one tensor. Each process reduces, updates and keeps optimizer
 # state for one slice of it.
@@ -1578,7 +1583,7 @@ class Group:
         self.own_gradient = self.gradients if self.world == 1 else torch.zeros_like(self.own)
         self.state_dtype = wide(self.own.dtype)
         self.state, self.pending, self.work = [], set(), None  # state: buffers of this slice
-        self.exchanges = self.world > 1  # off while each process warms up alone
+        self.communicates = self.world > 1  # off while each process warms up alone
 
     def per_unit(self, values, *shape):
         """For each parameter a value of this shape, or one for each of its units -> the values of
@@ -1600,13 +1605,13 @@ class Group:
 
     def reduce(self):
         """Start the reduce_scatter of gradients, unless it has begun."""
-        if self.exchanges and self.work is None:
+        if self.communicates and self.work is None:
             self.work = reduce_scatter(self.own_gradient, self.gradients, async_op=True)
 
     def gather(self):
         """Start the all_gather of updated slices. The gradients are used up: zero them."""
         self.gradients.zero_()
-        if self.exchanges:
+        if self.communicates:
             self.work = all_gather(self.weights, self.own, async_op=True)
 
     def wait(self):
@@ -1672,7 +1677,7 @@ def averaged_axis(matrices):
     return -1 if matrices.shape[-2] >= matrices.shape[-1] else -2
 
 
-def equalise_rows(update, mean_square, beta2):
+def normuon(update, mean_square, beta2):
     """NorMuon (#41): divide each row by its running root mean square, keep each matrix's norm.
     Matrices (n, rows, columns), mean squares (n, rows, 1); if wider than tall, (n, 1, columns)."""
     square = update.square().mean(averaged_axis(update), keepdim=True)
@@ -1705,7 +1710,7 @@ def muon_update(weight, gradient, scale, rate, momentum, decay, beta2, kind, dty
     nesterov = average * momentum + gradient * (1 - momentum)
     update = orthogonalise(nesterov, kind, dtype).to(average.dtype)
     if beta2:
-        update = equalise_rows(update, mean_square, beta2)
+        update = normuon(update, mean_square, beta2)
     old = weight if low_bits is None else join_bits(weight, low_bits)
     new = old - scale * rate * (update + decay * rate * old * (update * old >= 0))
     if low_bits is not None:
@@ -1916,7 +1921,7 @@ def warm_up(model, groups, data, processes):
         torch._functorch.config.force_non_lazy_backward_lowering = shared
         in_turn = dict(reversed(groups.items())) if shared else groups
         for group in groups.values():
-            group.exchanges = together and group.world > 1
+            group.communicates = together and group.world > 1
         for border in begins:
             batches = prefetched(step_batches(data.train, config, processes, border), device)
             for step, batch in enumerate(islice(batches, config.adam_every), border):
@@ -2219,7 +2224,7 @@ def base_values(given):
 def check_config(config):
     """Returns it. Raises UserError if settings contradict each other."""
     skip = config.gated_skip
-    channels, turning = head_channels(config)
+    channels, rotary_channels = head_channels(config)
     rules = [  # setting, whether it is wrong, what it must be
         ("width", config.width % (2 * config.heads), f"a multiple of twice --heads {config.heads}"),
         ("heads", config.paired_layers and config.heads % 2, "even, for --paired-layers"),
@@ -2237,7 +2242,8 @@ def check_config(config):
          "without the last layer, for --mudd true"),
         ("attention_free", {*config.value_layers, *config.xsa_layers} & {*config.attention_free},
          "without the layers of --value-layers and --xsa-layers"),
-        ("rotary_share", turning and channels % turning, "of channels that divide a head's"),
+        ("rotary_share", rotary_channels and channels % rotary_channels,
+         "of channels that divide a head's"),
         ("softcap", config.softcap[0] < 0 or config.softcap[0] and config.softcap[1] <= 0,
          "of h from 0 and r above 0"),
         ("out", not config.out or config.out != config.out.encode(errors="ignore").decode(),
@@ -2751,7 +2757,7 @@ def caught_signals():
         received.append(number)
         if not torchrun:
             with contextlib.suppress(OSError):  # print() must not be called within print()
-                os.write(sys.stderr.fileno(), b"\nstopping after a step or two; one more Ctrl-C ends at once\n")
+                os.write(sys.stderr.fileno(), b"\nstopping after a step or two; another Ctrl-C ends at once\n")
 
     # The last three are how clusters warn. What nohup ignores stays ignored.
     before = {number: signal.signal(number, note) for number in (

@@ -47,7 +47,7 @@ def previous(x: Tensor) -> Tensor:
     return torch.cat((x[:1], x[:-1]))
 
 
-def on_first(part: Tensor, width: int) -> Tensor:
+def pad_channels(part: Tensor, width: int) -> Tensor:
     """(T, n) -> (T, width): on the first n channels."""
     return F.pad(part, (0, width - part.shape[-1]))
 
@@ -68,7 +68,7 @@ class Model:
 
     def __init__(self, config: dict, weights: dict[str, Tensor]):
         self.config, self.weights = config, weights
-        self.turning = 2 * len(config["rotary_frequencies"])  # channels of a head
+        self.rotary_channels = 2 * len(config["rotary_frequencies"])  # channels of a head
         self.blocks = [self.part(f"blocks.{i}.") for i in range(len(config["layers"]))]
 
     def part(self, prefix: str) -> dict[str, Tensor]:
@@ -94,7 +94,7 @@ class Model:
         x0, bigram = self.norm(embedding), None
         if "bigram_table" in weights:
             bigram = self.bigrams(tokens)
-            x0 = x0 + on_first(self.blocks[0]["bigram_mix"] * bigram, x0.shape[-1])
+            x0 = x0 + pad_channels(self.blocks[0]["bigram_mix"] * bigram, x0.shape[-1])
         tables = {layer["value_table"]: weights[f"value_tables.{layer['value_table']}"][tokens]
                   for layer in config["layers"] if layer["value_table"] is not None}
         x, source, first_value, outputs = x0, None, None, []
@@ -103,7 +103,7 @@ class Model:
             if "x0_mix" in block:  # what the layer takes up of the embedding once more
                 injected = block["x0_mix"] * x0
             if "bigram_mix" in block and i > 0:
-                injected = injected + on_first(block["bigram_mix"] * bigram, x.shape[-1])
+                injected = injected + pad_channels(block["bigram_mix"] * bigram, x.shape[-1])
             if layer["skip_from"] is not None:
                 share = block["skip_mix"]
                 if "skip_gate" in block:
@@ -130,7 +130,7 @@ class Model:
                 x = x + weighted(mu[3:6], streams)
                 residual, output, injected = (mu[8], mu[12]), (mu[9], mu[13]), mu[10] * x0
                 if bigram is not None:
-                    injected = injected + on_first(mu[11] * bigram, x.shape[-1])
+                    injected = injected + pad_channels(mu[11] * bigram, x.shape[-1])
             if "qk" in block:
                 attended, value = self.attention(block, layer, normed, tokens, added, first_value)
                 x = residual[0] * x + output[0] * attended
@@ -173,9 +173,9 @@ class Model:
             position = 2 * position + torch.arange(x.shape[1], device=x.device) % 2
         angle = position[..., None] * frequency  # (T, H or 1, n)
         cosine, sine = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-        low, high = x[..., :self.turning].chunk(2, dim=-1)
+        low, high = x[..., :self.rotary_channels].chunk(2, dim=-1)
         turned = low * cosine + high * sine, high * cosine - low * sine
-        return torch.cat((*turned, x[..., self.turning:]), dim=-1)
+        return torch.cat((*turned, x[..., self.rotary_channels:]), dim=-1)
 
     def attention(self, block: dict[str, Tensor], layer: dict, x: Tensor, tokens: Tensor, added: Tensor | int,
                   first_value: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -192,7 +192,7 @@ class Model:
             value = torch.lerp(value, first_value, block["value_mix"].to(value.dtype))
         value = value + added
         if layer["key_offset"]:  # still channels of a key come from the token before
-            key = torch.cat((key[..., :self.turning], previous(key[..., self.turning:])), dim=-1)
+            key = torch.cat((key[..., :self.rotary_channels], previous(key[..., self.rotary_channels:])), dim=-1)
         parts = query, key, value
         if paired:  # heads h and h + H / 2 of a token are two positions of one head
             parts = [part.reshape(2 * length, heads // 2, -1) for part in parts]

@@ -128,7 +128,7 @@ class Cache:
         each, window = 1 + block.paired, self.phase.windows[block.short]
         angles = each * self.begin * self.model.frequencies[self.phase.stage]  # from the text's start on
         tables = [table[1] for table in script.rotary_tables(angles, 2, query.shape[-1], query.dtype)]
-        query, key = (script.rotary(part, *tables, block.turning) for part in (query, key))
+        query, key = (script.rotary(part, *tables, block.rotary_channels) for part in (query, key))
         if old_key is not None:
             key = torch.cat((old_key, key[:, :, each * self.repeated:]), dim=2)
             value = torch.cat((old_value, value[:, :, each * self.repeated:]), dim=2)

@@ -461,14 +461,14 @@ def compile_stretch(stretch: Stretch, model: GPT, groups: dict[str, Group], stre
     begin, config = time.perf_counter(), model.config
     torch.compiler.set_stance("default")
     for group in groups.values():
-        group.exchanges = False  # others may take minutes longer
+        group.communicates = False  # others may take minutes longer
     batches = stretch_batches(stream, config, stretch.stages[0], config.adam_every, processes)
     for step, batch in zip(stretch.steps(config.adam_every, config.adam_every), batches, strict=True):
         train_gpt2.train_step(model, groups, batch, step)
     processes.synchronize()
     processes.barrier()
     for group in groups.values():
-        group.exchanges = processes.world > 1
+        group.communicates = processes.world > 1
     return time.perf_counter() - begin
 
 

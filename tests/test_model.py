@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import train_gpt2
 from train_gpt2 import (
     GPT, GRADIENT_UNIT, HEAD_UNIT, HIDDEN_UNIT, ChunkedLoss, Config, attention, bigram_rows, chunk_gradient,
-    chunk_losses, gpu_sigmoid, leave_out, phase_at, quantised, sign_rows, wide)
+    chunk_losses, gpu_sigmoid, phase_at, quantised, sign_rows, wide, xsa)
 
 
 def loss_of(model: GPT, batch, step: int = 0) -> torch.Tensor:
@@ -52,7 +52,7 @@ def test_the_part_along_its_own_value_leaves_an_output():
     """At infinity all of it; a value of zero has none."""
     out, value = torch.randn(2, 3, 5, 4, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     value[0, 0, 0] = 0
-    found = leave_out(out, value, torch.tensor([0.0, 40.0, -40.0, 40.0]))
+    found = xsa(out, value, torch.tensor([0.0, 40.0, -40.0, 40.0]))
     assert torch.equal(found[:, :, 0], out[:, :, 0]) and torch.equal(found[0, 0, 0], out[0, 0, 0])
     along = [((x * value).sum(-1)) for x in (out, found)]
     torch.testing.assert_close(along[1], along[0] * torch.tensor([1.0, 0, 2, 0]), rtol=1e-12, atol=1e-12)

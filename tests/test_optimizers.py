@@ -15,7 +15,7 @@ from torch import nn
 
 import train_gpt2
 from train_gpt2 import (
-    TECHNIQUES, Adam, Group, Muon, Processes, equalise_rows, join_bits, micro_batches, muon_update, open_data,
+    TECHNIQUES, Adam, Group, Muon, Processes, join_bits, micro_batches, muon_update, normuon, open_data,
     optimizer_groups, orthogonalise, phase_at, split_bits, train_step, validate, warm_up)
 
 
@@ -120,7 +120,7 @@ def test_the_longer_side_is_equalised_by_its_running_mean_square(rows, columns):
         update = random(3, rows, columns, seed=step) * torch.logspace(-2, 1, rows).double()[:, None]
         update = update * torch.logspace(1, -2, columns).double()
         update[2] = 0  # stays zero
-        found = equalise_rows(update, average, 0.9)
+        found = normuon(update, average, 0.9)
         for i in range(3):
             wanted, expected[i] = equalised(update[i], expected[i], 0.9)
             torch.testing.assert_close(found[i], wanted, rtol=1e-12, atol=1e-14)
@@ -498,7 +498,7 @@ def test_warm_up_leaves_no_trace(tmp_path, fresh_compiler, steps):
     assert {phase.windows for phase in phases} == {phase_at(step, model.config).windows for step in range(steps + 1)}
     for found, expected in zip(buffers(groups), first, strict=True):
         assert torch.equal(found, expected)
-    assert all(group.work is None and not group.pending and not group.exchanges for group in groups.values())
+    assert all(group.work is None and not group.pending and not group.communicates for group in groups.values())
 
 
 def test_processes_of_a_machine_share_the_stages_in_the_warm_up(tmp_path, fresh_compiler, monkeypatch):

@@ -529,7 +529,7 @@ def test_updates_of_queries_and_keys_are_six_orthogonal_factors_of_one_norm():
     assert values.shape == (6, 256) and 0.85 < values.min() and values.max() < 1.15
     torch.testing.assert_close(factors[4].double(), polar_express(update[4].double()).double(), rtol=1e-3, atol=1e-4)
     statistic = torch.zeros(6, 1, 768)
-    even = train_gpt2.equalise_rows(factors, statistic, 0.9)
+    even = train_gpt2.normuon(factors, statistic, 0.9)
     torch.testing.assert_close(even.norm(dim=(1, 2)), factors.norm(dim=(1, 2)), rtol=1e-5, atol=0)
     torch.testing.assert_close(statistic, 0.1 * factors.square().mean(1, keepdim=True), rtol=1e-5, atol=0)
     columns = even.square().mean(1)

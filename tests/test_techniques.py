@@ -64,7 +64,7 @@ def signed(tokens, rows: int) -> list[int]:
     return [(int(tokens[t]) ^ int(tokens[t - 1])) % rows if t else 0 for t in range(len(tokens))]
 
 
-def on_first(part, width):
+def pad_channels(part, width):
     """(T, n) -> (T, width)."""
     wide = part.new_zeros(len(part), width)
     wide[:, :part.shape[1]] = part
@@ -138,7 +138,7 @@ def reference_hidden(model: GPT, tokens, starts, phase):
     x0 = norm(e, c.rms_epsilon)
     if c.bigram:
         b = weights["bigram_table"][hashed(tokens, len(weights["bigram_table"]))]
-        b = on_first(b * model.signs[signed(tokens, c.bigram_signs)] if c.bigram_signs else b, c.width)
+        b = pad_channels(b * model.signs[signed(tokens, c.bigram_signs)] if c.bigram_signs else b, c.width)
         x0 = x0 + weights["entrance.bigram_mix"][0] * b
     of_layer = {i: weights[f"value_tables.{n}"][ids] for n, i in enumerate(sorted(c.value_layers))}
     attending = [i for i in range(c.layers - c.mudd) if i not in c.attention_free]
