@@ -179,9 +179,9 @@ class Recipe:
     predicted_tokens: Kind(int, 1, 64) = 3  # tokens predicted ahead in stage 0; one less per stage
     prefix_weight: Number = 0.25  # weight of the prefix loss; falls to 0 in stage 1
     tied_until: Kind(float, 0, 0.99) = 2 / 3  # share of the schedule with embedding and head tied
-    attention_init: Number = 0.5  # initial std of query, key and value, * sqrt(D)
-    output_init: Number = 0.5  # initial std of attention's output, * sqrt(D)
-    mlp_init: Number = 0.5  # initial std of the MLP's up matrix, * sqrt(D)
+    attention_init: Number = 0.5  # initial std, times sqrt(D), of query, key and value
+    output_init: Number = 0.5  # the same, of attention's output
+    mlp_init: Number = 0.5  # the same, of the MLP's up matrix
     # optimizers
     muon_lr: Number = 0.023  # Muon's rate, for the matrices of the blocks
     muon_momentum: Decay = 0.95  # momentum in the middle of the run
@@ -239,7 +239,7 @@ TECHNIQUES = {  # the settings that turn each off; (its records) why it helps
     "schedule": {  # (13 19 35 39 62 72) rates fall to a floor and stay, momentum falls
         "cooldown": 562 / 1875, "rate_floor": 0.0, "extension": 0.0,
         "momentum_warmup": 500 / 1875, "momentum_cooldown": 0.0},
-    "value-embeddings": {"value_layers": ()},  # (14 15 17 63 70) values know their token
+    "value-embeddings": {"value_layers": ()},  # (14 15 17 63 70) values also hold their token's embedding
     "attention-free": {"attention_free": ()},  # (17) one layer does well without attention
     "half-rotary": {  # (17) half of the channels match by content alone
         "rotary_base": 10_000.0, "rotary_share": 1.0},
@@ -257,7 +257,7 @@ TECHNIQUES = {  # the settings that turn each off; (its records) why it helps
     "polar-express": {"orthogonaliser": "newton-schulz"},  # (38) updates nearer to orthogonal
     "adam-every-other": {"adam_every": 1},  # (39) half of Adam's work and traffic
     "normuon": {"normuon_beta2": 0.0},  # (41 42 46 48 78) the rows of an update are of one size
-    "muon-decay": {"muon_decay": 0.0},  # (43) weights shrink where updates shrink them
+    "muon-decay": {"muon_decay": 0.0},  # (43) decay acts only where the update shrinks the weight
     "gated-skip": {"gated_skip": ()},  # (45 55) a late layer sees an early output
     "rate-levels": {"rate_levels": (1.0,)},  # (46 53) rates grow with the batch
     "attention-mix": {"attention_mix": False},  # (47 48) values and outputs learn their scale
@@ -273,7 +273,7 @@ TECHNIQUES = {  # the settings that turn each off; (its records) why it helps
     "attention-source": {"attention_source": ()},  # (77) late layers attend from one earlier stream
     "paired-orthogonalising": {"qk_heads": 0},  # (80) heads are updated two by two
     "mudd": {"mudd": False},  # (81) the last mixtures depend on the token
-    "xsa": {"xsa_layers": ()},  # (82) attention adds only what the token lacks
+    "xsa": {"xsa_layers": ()},  # (82) heads leave out what the token's own value says
     "bigram-signs": {"bigram_signs": 0},  # (83) signs tell bigrams that share a row apart
     "prefix-loss": {"prefix_weight": 0.0},  # (88) early training learns the next token's prefix, too
 }
@@ -857,9 +857,9 @@ def rotary_tables(frequencies, positions, channels, dtype):
 
 
 def for_heads(table, tokens, heads, paired):
-    """Table by position -> table by token, (T, 1, K). In paired layers, (T, H, K): here head h of
-    token t has position 2 t + h mod 2, but in the softmax 2 t + (h >= H / 2). Both orders are
-    the record's (#58)."""
+    """Table by position -> table by token, (T, 1, K). In paired layers, (T, H, K): the rotation of
+    head h of token t is that of position 2 t + h mod 2, while attention has it at 2 t + (h >= H / 2).
+    So it is in the record (#58)."""
     if paired:
         return table[:2 * tokens].view(tokens, 2, -1).repeat(1, heads // 2, 1)
     return table[:tokens, None]
@@ -988,7 +988,7 @@ class Mudd(nn.Module):
 
 
 def mixed(x, added, residual, output):
-    """The stream, and what a sublayer adds to it, each times its weight, if it has one."""
+    """residual * x + output * added: the stream and what a sublayer adds. A weight of None is 1."""
     added = added if output is None else output * added
     return (x if residual is None else (residual * x).to(x.dtype)) + added
 
@@ -1352,8 +1352,8 @@ class GPT(nn.Module):
 # gradients of hidden states and head are computed while a chunk's logits are in memory: full logits
 # (6.6 GB for 65,536 tokens) never exist, and no product is done twice.
 
-# Divisors before a cast to float8, from the records (#51, #55): hidden states up to 100 and weights
-# up to 1.6 fit into e4m3, gradients up to 96 into e5m2.
+# Divisors before a cast to float8, by which products are multiplied again (#51, #55): hidden states up
+# to 100 and weights up to 1.6 fit into e4m3, gradients up to 96 into e5m2.
 HIDDEN_UNIT, HEAD_UNIT, GRADIENT_UNIT = 100 / 448, 1.6 / 448, 0.75 / 448
 BIT = math.log(2)  # in nats. Logits in the loss are in bits, as GPUs compute e^x through 2^x
 
@@ -1477,9 +1477,9 @@ if triton:
     @triton.jit
     def add_rows_kernel(total, parts, rows, places, begins, runs, width: tl.constexpr,
                         CHANNELS: tl.constexpr, AT_ONCE: tl.constexpr):
-        """total[row] += the sum of parts[place] over that row's places. A program takes every n-th
-        run of equal rows (n programs), CHANNELS channels of it, AT_ONCE places at a time; no two
-        programs write to one element."""
+        """total[row] += the sum of parts[place] over that row's places, of (V, width) and (R T, width).
+        The four tensors between are those of `sorted_rows`. Of n programs each takes every n-th run of
+        equal rows, CHANNELS channels of it, AT_ONCE places at a time; no two write to one element."""
         channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
         for run in range(tl.program_id(0), tl.load(runs), tl.num_programs(0)):
             begin, end = tl.load(begins + run), tl.load(begins + run + 1)
@@ -1641,7 +1641,7 @@ class Group:
 
 
 # Margin on the norm, and coefficients of the quintics a x + b x^3 + c x^5 that drive every singular
-# value in (0, 1] towards 1. Polar Express (#38): each is optimal for what those before it leave.
+# value in (0, 1] near 1. Polar Express (#38): each is optimal for what those before it leave.
 ORTHOGONALISERS = {
     "newton-schulz": (1.0, 5 * ((3.4445, -4.7750, 2.0315),)),
     "polar-express": (1.02, tuple(zip(  # a of the five iterations, then b, then c
@@ -1704,7 +1704,7 @@ def muon_update(weight, gradient, scale, rate, momentum, decay, beta2, kind, dty
     """Muon in place: Nesterov momentum in average form (#15), orthogonalised, rows equalised.
     Weight decay, by the rate squared, acts only where the update shrinks the weight or is 0
     (cautious, #43). All (n, rows, columns), except mean_square (one axis is 1), scale (n, 1, 1),
-    rate and momentum (). low_bits only of bfloat16 weights."""
+    rate and momentum (). low_bits only of bfloat16 weights. kind, dtype: as in `orthogonalise`."""
     gradient = gradient.to(average.dtype)
     average.mul_(momentum).add_(gradient * (1 - momentum))
     nesterov = average * momentum + gradient * (1 - momentum)
@@ -2292,8 +2292,8 @@ class Processes(NamedTuple):
                 if other.get(name) != facts.get(name):
                     raise UserError(
                         f"process {rank} has another {name} than process {self.rank}: "
-                        f"{other.get(name)!s:.80}, not {facts.get(name)!s:.80}; start all with the same files, "
-                        "software and options")
+                        f"{other.get(name)!s:.80}, not {facts.get(name)!s:.80}; start all with the same "
+                        "files, software and options")
 
 
 def start_processes(config):
@@ -2398,8 +2398,8 @@ def checked_kernels(config, processes, compiled, log):
             except (Exception, SystemExit) as error:  # whatever importing and compiling may raise
                 problem = f"{error!r:.200}"
         if problem := max(processes.gather_values(problem)):
-            log.line(f"notice: {flag(name)} {plain}, not {asked}: {' '.join(problem.split())}; both come with "
-                     "pip install 'flash-attn-4[cu13]==4.0.0b36', for a GPU")
+            log.line(f"notice: {flag(name)} {plain}, not {asked}: {' '.join(problem.split())}; both "
+                     "come with pip install 'flash-attn-4[cu13]==4.0.0b36', for a GPU")
             config = replace(config, **{name: plain})
     return config
 
