@@ -109,7 +109,7 @@ def one_of(*choices):
     return Kind(str, choices={choice: choice for choice in choices})
 
 
-BY_STAGE = range(1, STAGES + 2)  # lengths; the last value repeats
+STAGE_LENGTHS = range(1, STAGES + 2)  # how many values; the last repeats
 FilePath = Kind(str)
 Flag = Kind(bool, choices={"true": True, "false": False})
 Number = Kind(float)
@@ -117,7 +117,7 @@ Whole = Kind(int)
 Count = Kind(int, 1)
 Share = Kind(float, 0, 1)
 Decay = Kind(float, 0, 0.9999)
-ByStage = Kind(int, 1, 2**24, BY_STAGE)
+ByStage = Kind(int, 1, 2**24, STAGE_LENGTHS)
 Layers = Kind(int, 0, 1000, range(1000))
 Cap = Kind(float, -1e6, 1e6, range(3, 4))
 AdamRates = Kind(float, 0, 0.9999, range(4, 5))  # rate, beta1, beta2, weight decay
@@ -135,7 +135,7 @@ class Recipe:
     repeat: Flag = False  # start over when the training shards are used up
     shuffle: Flag = False  # take rows in random order, each once per epoch
     long_documents: one_of("drop", "continue") = "drop"  # what to do with the rest of a cut document
-    document_tokens: Kind(int, 0, 2**24, BY_STAGE) = (896, 2048)  # longest document; 0: as long as the row
+    document_tokens: Kind(int, 0, 2**24, STAGE_LENGTHS) = (896, 2048)  # longest document; 0: as long as the row
     tokens_per_step: ByStage = (131_072, 262_144, 393_216)  # batch size in tokens
     row_tokens: ByStage = (16_384, 32_768, 49_152)  # length of a row
     extension: Kind(float, 0, 0.9) = 10 / 1375  # last share of the steps, after the end of the schedule
@@ -204,7 +204,7 @@ class Recipe:
     adam_epsilon: Kind(float, 1e-30) = 1e-10 / 16_384  # added to the root of the mean squares
     adam_every: Count = 2  # steps whose gradients Adam sums for one update; the rest of the last is dropped
     cooldown: Share = 0.6  # last share of the schedule: rates fall to the floor
-    rate_levels: Kind(float, 0, 1e6, BY_STAGE) = (1.0, 1.52, 1.73)  # factor on all rates, by stage
+    rate_levels: Kind(float, 0, 1e6, STAGE_LENGTHS) = (1.0, 1.52, 1.73)  # factor on all rates, by stage
     rate_floor: Number = 0.15  # factor on all rates at the end
     dtype: one_of("auto", "bfloat16", "float32", "float64") = "auto"  # auto: bfloat16 if fast
 
