@@ -1963,8 +1963,10 @@ def open_data(config):
     encodings = {shard[2:]: shard.path for shard in train.shards + val.shards}
     if len(encodings) > 1:
         raise UserError(f"shards differ in (vocabulary, separator): {encodings}; encode all alike")
-    if val.tokens < 2:
-        raise UserError(f"{val.pattern} has one token; make more: {shard_command(val.pattern)}")
+    for stream, least in ((train, max(config.row_tokens) + 1), (val, 2)):
+        if stream.tokens < least:
+            raise UserError(f"{stream.pattern} has {stream.tokens} tokens, expected {least} or more; make "
+                            f"more: {shard_command(stream.pattern)}")
     if not config.repeat and not holds_run(train, config):
         cut = config.long_documents == "drop"
         raise UserError(f"{train.pattern} has {train.tokens:,} tokens, too few for the "
@@ -1972,10 +1974,10 @@ def open_data(config):
                         f"{' besides the cut parts of documents' * cut}; make more "
                         f"({shard_command(train.pattern)}), or give --repeat true, or fewer --steps"
                         + ", or --long-documents continue" * cut)
-    for stage in range(STAGES + 1) if config.shuffle else ():
+    for stage in range(STAGES + 1) if config.shuffle else ():  # if any row fits, the first does
         lengths = row_lengths(stage, config)
-        if training_row(train, 0, lengths, config)[-1] >= train.tokens:
-            raise UserError(f"{train.pattern} has too few rows of {lengths[0]} tokens to "
+        if training_row(train, 0, lengths, config)[-1] > train.tokens:
+            raise UserError(f"{train.pattern} has no whole row of {lengths[0]} tokens to "
                             f"shuffle; make more ({shard_command(train.pattern)}), or give a shorter "
                             "--row-tokens, or --shuffle false")
     trained, validated = train.fingerprints("train "), val.fingerprints("val ")

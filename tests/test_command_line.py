@@ -165,10 +165,11 @@ def test_bad_shards_are_refused_before_anything_is_written(tmp_path, capsys, wha
 
 
 def test_too_few_tokens(corpus, capsys):
-    for changes in (dict(steps=100), dict(row_tokens=65_536, tokens_per_step=65_536)):
+    for changes, needle in ((dict(steps=100), "--repeat"),
+                            (dict(row_tokens=65_536, tokens_per_step=65_536), "expected")):
         with pytest.raises(SystemExit):
             train_gpt2.main(command(corpus, **changes))
-        assert "--repeat" in capsys.readouterr().err
+        assert needle in capsys.readouterr().err
 
 
 def test_a_shard_that_vanishes_ends_the_run_with_a_line(corpus, tmp_path, monkeypatch, capsys):
