@@ -1520,7 +1520,8 @@ def add_rows(total, parts, by_row):
 class TableRows(torch.autograd.Function):
     """Embedding lookup: (V, n), (R, T) int -> (R, T, n). Backward adds to the gradient that the table
     has, in training its view of a Group's: a separate one, as large as the table, would be written and
-    read for nothing. Autograd then gets none, and calls the table's hook all the same."""
+    read for nothing. Autograd then gets none, and calls the table's hook all the same. (So
+    torch.autograd.grad, which takes no part in this, finds it only where the table has none yet.)"""
 
     @staticmethod
     def forward(ctx, table, rows, by_row):
@@ -2192,8 +2193,8 @@ def parse_command_line(arguments):
     values = turned_off(values, without)
     for one, other in (("train", "val"), ("val", "train")):  # one pattern gives the other
         if pattern := given.get(f"{one}_files"):
-            name = f"(?<![a-z]){one}(?![a-z])(?=[^/]*$)"
-            given.setdefault(f"{other}_files", re.sub(name, other, pattern))
+            last = f"{one}(?!.*{one})(?=[^/]*$)"  # in the name of the files
+            given.setdefault(f"{other}_files", re.sub(last, other, pattern))
     values |= given
     return check_config(Config(**values))
 
@@ -2642,7 +2643,7 @@ def read_checkpoint(path, wanted=None):
                 and 0 <= separator < vocabulary <= 65_536 and config.dtype != "auto"):
             raise ValueError("its step, seconds, vocabulary or dtype are impossible")
         return saved | progress._asdict() | {
-            "path": Path(path), "config": config, "progress": progress, "vocabulary": vocabulary}
+            "path": Path(path).absolute(), "config": config, "progress": progress, "vocabulary": vocabulary}
     except Exception as error:  # whatever reading and unpickling may raise
         raise UserError(
             f"cannot use {path} as a checkpoint of this train_gpt2.py: {error!r:.160}; "
@@ -2686,7 +2687,8 @@ def checkpoint_to_resume(config, data, processes):
         path = processes.gather_values(path)[0]
     if path == "none":
         return None
-    saved, finished = read_checkpoint(path), Path(path).with_name("model.pt")
+    saved = read_checkpoint(path)
+    finished = saved["path"].with_name("model.pt")
     if finished.parent.parent.resolve() == Path(config.out).resolve():  # training again would overwrite it
         with contextlib.suppress(UserError):  # none, or a damaged one
             saved = read_checkpoint(finished)

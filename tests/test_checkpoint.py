@@ -72,9 +72,12 @@ def test_going_on_is_equal_to_the_bit(corpus, finished, copy, step):
     assert (copy / "log.txt").read_text().count("def train_step") == 1
 
 
-def test_a_run_goes_on_in_its_folder_however_that_is_spelled(copy, monkeypatch):
-    monkeypatch.chdir(copy.parent.parent)
-    main(["--resume", f"logs/{copy.name}/checkpoint_0000010.pt", "--out", str(copy.parent)])
+@pytest.mark.parametrize(("here", "options"), [
+    (".", ["--resume=logs/RUN/checkpoint_0000010.pt", "--out=logs/../logs"]),
+    ("logs/RUN", ["--resume=checkpoint_0000010.pt", "--out=.."]), ("logs/RUN", ["--resume=checkpoint_0000010.pt"])])
+def test_a_run_goes_on_in_its_folder_however_that_is_spelled(copy, monkeypatch, here, options):
+    monkeypatch.chdir(copy.parent.parent / here.replace("RUN", copy.name))
+    main([option.replace("RUN", copy.name) for option in options])
     assert run_folders(copy.parent) == {copy} and (copy / "model.pt").exists()
 
 
