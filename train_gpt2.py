@@ -135,7 +135,7 @@ class Recipe:
     repeat: Flag = False  # start over when the training shards are used up
     shuffle: Flag = False  # take rows in random order, each once per epoch
     long_documents: one_of("drop", "continue") = "drop"  # what to do with the rest of a cut document
-    document_tokens: Kind(int, 0, 2**24, STAGE_LENGTHS) = (896, 2048)  # longest document; 0: as long as the row
+    document_tokens: Kind(int, 0, 2**24, STAGE_LENGTHS) = (896, 2048)  # longest document; 0: the row
     tokens_per_step: ByStage = (131_072, 262_144, 393_216)  # batch size in tokens
     row_tokens: ByStage = (16_384, 32_768, 49_152)  # length of a row
     extension: Kind(float, 0, 0.9) = 10 / 1375  # last share of the steps, after the end of the schedule
@@ -816,7 +816,7 @@ def attention(query, key, value, mask, kernel="triton"):
     already. mask: from `block_mask` where the model is compiled, else from `span_mask`. kernel: as in
     Config; FlashAttention 4 is another backend of FlexAttention, for the same mask."""
     if isinstance(mask, BlockMask):
-        small = mask.kv_indices.shape[-1] * SMALL_BLOCK == query.shape[2]
+        small = mask.kv_indices.shape[-1] * SMALL_BLOCK == query.shape[2]  # BLOCK_SIZE does not tell
         options = SMALL_TILES[query.dtype, query.shape[-1]] if small else {}
         if kernel == "flash":
             options = {"BACKEND": "FLASH"}
@@ -1520,8 +1520,8 @@ def add_rows(total, parts, by_row):
 class TableRows(torch.autograd.Function):
     """Embedding lookup: (V, n), (R, T) int -> (R, T, n). Backward adds to the gradient that the table
     has, in training its view of a Group's: a separate one, as large as the table, would be written and
-    read for nothing. Autograd then gets none, and calls the table's hook all the same. (So
-    torch.autograd.grad, which takes no part in this, finds it only where the table has none yet.)"""
+    read for nothing. Autograd then gets none, and calls the table's hook all the same. Not for
+    torch.autograd.grad of a table that has a gradient: this part of it would go there, too."""
 
     @staticmethod
     def forward(ctx, table, rows, by_row):
@@ -2761,7 +2761,7 @@ def caught_signals():
         received.append(number)
         if not torchrun:
             with contextlib.suppress(OSError):  # print() must not be called within print()
-                os.write(sys.stderr.fileno(), b"\nstopping after a step or two; another Ctrl-C ends at once\n")
+                os.write(sys.stderr.fileno(), b"\nstopping after a step or two; a second Ctrl-C ends now\n")
 
     # The last three are how clusters warn. What nohup ignores stays ignored.
     before = {number: signal.signal(number, note) for number in (
