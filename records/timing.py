@@ -519,9 +519,10 @@ def measure(config: Config, options: argparse.Namespace, processes: Processes, s
         model = GPT(config, stream.vocabulary, prefixes, float8, compiled).to(device)
         groups = train_gpt2.optimizer_groups(model, processes)
         chosen = [s for s in stretches(config) if not options.stages or set(s.stages) & options.stages]
+        torch._functorch.config.force_non_lazy_backward_lowering = options.backward_first
         if not options.timed_steps:
             seconds = sum(compile_stretch(stretch, model, groups, stream, processes) for stretch in chosen)
-            if 0 in chosen[0].stages:  # its graphs are those of all stages
+            if 0 in chosen[0].stages and not options.backward_first:  # its graphs are those of all stages
                 train_gpt2.validate(model, stream, 1, 0, Processes(0, 1, device))
             say(f"compiled in {seconds:.1f} s")
             return {}
@@ -564,6 +565,8 @@ def read_options(arguments: list[str]) -> tuple[argparse.Namespace, Config]:
     add("--timed-steps", type=int, default=5, metavar="N", help="steps of a stage (5); 0: only compile")
     add("--stages", type=lambda text: set(map(int, text.split(","))), default=set(), metavar="A,B",
         help="only these, from 0 on (all)")
+    add("--backward-first", action="store_true", help="compile each backward graph right after its forward graph: "
+        "beside a process that compiles the same stage without this, each finds half of the graphs on disk")
     add("--json", type=Path, metavar="FILE", help="write all figures there as well")
     add("--memory-only", choices=("true", "false"), default="false", help="predict memory, run nothing")
     add("--gpu-memory", type=float, default=0.0, metavar="GIB", help="the same, and what fits into so much")

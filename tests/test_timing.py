@@ -250,6 +250,19 @@ def test_the_whole_tool_and_the_run_is_the_sum_of_its_stages(corpus, tmp_path, c
     assert f"{figures['run seconds']:,.1f} s" in text
 
 
+def test_two_processes_can_share_the_compilation_of_a_stage(corpus, monkeypatch):
+    """One of them compiles backward graphs at once, and leaves validation to the other."""
+    calls, step = [], train_gpt2.train_step
+    monkeypatch.setattr(train_gpt2, "validate", lambda *_: calls.append("validation"))
+    monkeypatch.setattr(train_gpt2, "train_step", lambda *anything: calls.append(
+        torch._functorch.config.force_non_lazy_backward_lowering) or step(*anything))
+    for options, expected in (([], [False, False, "validation"]), (["--backward-first"], [True, True])):
+        calls.clear()
+        assert timing.main([*command(corpus, RECIPE | FEW), "--timed-steps=0", "--stages=0", *options]) == {}
+        assert calls == expected
+    torch._functorch.config.force_non_lazy_backward_lowering = False
+
+
 @pytest.mark.slow
 def test_made_up_rows_where_no_shard_is_and_one_stage_alone(tmp_path, capsys):
     small = [f"--{name.replace('_', '-')}={value}" for name, value in (RECIPE | FEW).items()]
