@@ -16,7 +16,8 @@ Importing this file does nothing. A run's state is the model's parameters, the o
 and a Progress; its settings are a frozen Config. (#49) means that record 49 of the speedrun brought
 a technique.
 Shapes: R rows of T tokens, D width, H heads, K = D / H, V vocabulary. An argument given by its shape
-is a tensor; `config` is always a Config, `model` a GPT, `step` the number of updates before.
+is a tensor; `config` is always a Config, `model` a GPT, `step` the number of updates before;
+`processes` tells this process's rank, how many there are, its device (Processes, in Part II).
 """
 
 import argparse
@@ -1053,7 +1054,7 @@ class Shared(NamedTuple):
 
     x0: Tensor  # (R, T, D) where the stream began: embedding, normed, and bigram
     bigram: Tensor | None  # (R, T, n)
-    rotary_tables: tuple[Tensor, Tensor]  # (positions, K)
+    rotary_tables: tuple[Tensor, Tensor]  # (positions, K) each: cosines, sines
     scale: Tensor  # () of the softmax
 
 
@@ -1293,7 +1294,8 @@ class GPT(nn.Module):
         if config.recompute and torch.is_grad_enabled():
             run = partial(activation_checkpoint, run, use_reentrant=False, preserve_rng_state=False)
         by_row = sorted_rows(inputs)
-        # The tied table has another gradient, from the loss, which comes through autograd.
+        # TableRows, below, is F.embedding with a faster backward pass. The tied table has a second gradient,
+        # from the loss.
         embedding = TableRows.apply(self.head if phase.tied else self.embedding, inputs, by_row)
         if config.bigram:
             pairs = bigram_rows(inputs, len(self.bigram_table))
@@ -1772,10 +1774,8 @@ class Adam(Group):
         self.state = [torch.zeros_like(self.own, dtype=self.state_dtype) for _ in range(2)]
 
     def is_due(self, step):
-        """After every `adam_every` steps, whose gradients add up (#39). While the head is the embedding,
-        too, the embedding itself waits."""
-        unused = self.name == "embedding" and step <= last_tied_step(self.config)
-        return (step + 1) % self.config.adam_every == 0 and not unused
+        """After every `adam_every` steps, whose gradients add up (#39)."""
+        return (step + 1) % self.config.adam_every == 0
 
     def update(self, step):
         factor = self.as_tensor(learning_rate_factor(step, self.config))
@@ -1870,7 +1870,8 @@ def train_step(model, groups, batch, step):
     grows with the batch, while Adam's moments go on (#46).
     """
     config, phase = model.config, phase_at(step, model.config)
-    due = [group for group in groups.values() if group.is_due(step)]
+    due = [group for name, group in groups.items() if group.is_due(step)
+           and not (phase.tied and name == "embedding")]  # the head is the embedding, too
     total, micros = 0, micro_batches(batch, config)
     for micro in micros:
         if micro is micros[-1]:

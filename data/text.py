@@ -378,7 +378,7 @@ def encoding_named(name: str) -> Encoding:
         raise UserError(f"--encoding {name} is no regular file and no encoding of 16-bit tokens, expected bytes, "
                         f"{', '.join(names)} or a .tiktoken file")
     try:
-        separator = tokenizer.eot_token or tokenizer.n_vocab  # 0 in a header may mean that none is stated
+        separator = tokenizer.eot_token
     except KeyError:  # no end of text: the next id
         separator = tokenizer.n_vocab
 

@@ -422,7 +422,7 @@ def test_a_stdout_that_takes_nothing_changes_no_outcome(tmp_path, corpus):
     ("gpt2", 50_257, 50_256, 50_257, 50_256),
     ("p50k_base", 50_281, 50_256, 50_281, 50_256),  # ids behind the end of text
     ("gpt2", 50_000, None, 50_001, 50_000),
-    ("gpt2", 50_300, 0, 50_301, 50_300),  # a separator of 0 in a header means that none is stated
+    ("gpt2", 50_300, 0, 50_300, 0),
     ("gpt2", 65_535, None, 65_536, 65_535), ("gpt2", 65_536, None, 65_537, 65_536), ("gpt2", 65_537, 9, 65_537, 9)])
 def test_a_name_that_tiktoken_knows(tmp_path, monkeypatch, name, tokens, end_of_text, vocabulary, separator):
     special = {"<|last|>": tokens - 1} | ({} if end_of_text is None else {"<|endoftext|>": end_of_text})
@@ -437,6 +437,8 @@ def test_a_name_that_tiktoken_knows(tmp_path, monkeypatch, name, tokens, end_of_
     make(*arguments)
     encoding = text_script.encoding_named(name)
     assert encoding[:2] == (vocabulary, separator)
+    stream = train_gpt2.TokenStream(str(tmp_path / "out" / "text_train_*.bin"))
+    assert (stream.vocabulary, stream.separator) == (vocabulary, separator)
     assert texts(tmp_path / "out", encoding=encoding) == 2 * [b"a<|endoftext|>b<|last|>" * 10]
     assert encoding.decode(1098) == "\ufffd".encode()  # an id that stands for nothing
     assert (tmp_path / "out" / "prefixes.bin").read_bytes() == b"\xff" * 4 * vocabulary

@@ -256,11 +256,11 @@ def test_two_processes_can_share_the_compilation_of_a_stage(corpus, monkeypatch)
     monkeypatch.setattr(train_gpt2, "validate", lambda *_: calls.append("validation"))
     monkeypatch.setattr(train_gpt2, "train_step", lambda *anything: calls.append(
         torch._functorch.config.force_non_lazy_backward_lowering) or step(*anything))
+    monkeypatch.setattr(torch._functorch.config, "force_non_lazy_backward_lowering", False)  # and put back
     for options, expected in (([], [False, False, "validation"]), (["--backward-first"], [True, True])):
         calls.clear()
         assert timing.main([*command(corpus, RECIPE | FEW), "--timed-steps=0", "--stages=0", *options]) == {}
         assert calls == expected
-    torch._functorch.config.force_non_lazy_backward_lowering = False
 
 
 @pytest.mark.slow
