@@ -69,13 +69,12 @@ test)
     starting=(tests/test_{processes,data_scripts,evals}.py)
     calling=(tests/test_{readme,bench,ladder,report}.py)
     apart=("${resuming[@]}" "${starting[@]}" "${calling[@]}")
-    output=$(mktemp -d)
-    python -m pytest -q "${resuming[@]}" >"$output/1" 2>&1 &
-    python -m pytest -q "${starting[@]}" >"$output/2" 2>&1 &
-    python -m pytest -q "${calling[@]}" >"$output/3" 2>&1 &
-    status=0
+    output=$(mktemp -d) parts=() status=0
+    python -m pytest -q "${resuming[@]}" >"$output/1" 2>&1 & parts+=($!)
+    python -m pytest -q "${starting[@]}" >"$output/2" 2>&1 & parts+=($!)
+    python -m pytest -q "${calling[@]}" >"$output/3" 2>&1 & parts+=($!)
     python -m pytest -q tests "${apart[@]/#/--ignore=}" || status=1
-    for part in $(jobs -p); do wait "$part" || status=1; done
+    for part in "${parts[@]}"; do wait "$part" || status=1; done
     cat "$output"/* && rm -r "$output"
     exit $status ;;
 check)

@@ -29,6 +29,8 @@ sys.path.insert(0, str(ROOT / "data"))
 import fineweb
 import text as text_script
 
+import train_gpt2
+
 GPT2_CACHE = os.environ.get("TIKTOKEN_CACHE_DIR")
 SETTINGS = ("HF_", "HUGGING", "TIKTOKEN_", "DATA_GYM_", "PYTHONIOENCODING", "PYTHONUTF8")
 VAL, TRAIN_1, TRAIN_2, TRAIN_3 = fineweb.shard_names(3)

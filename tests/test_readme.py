@@ -147,3 +147,15 @@ def test_threads_that_wait_give_way_where_another_program_runs(copy, tmp_path):
     finally:
         other.kill()
         other.wait()
+
+
+@pytest.mark.parametrize("failing", ["tests", "tests/test_checkpoint.py", "tests/test_processes.py", "tests/test_readme.py",
+                                     "none"])
+def test_run_sh_fails_if_any_test_fails(copy, tmp_path, failing):
+    """Also where other tests take longer: the last to end are those in front, whose first argument is tests."""
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\n[ "$1 $2" = "-m pytest" ] || exit 0\n[ "$4" = {failing} ] && exit 1\n'
+                      '[ "$4" = tests ] && sleep 1\nexit 0\n')
+    python.chmod(0o755)
+    done = call(f"PATH={tmp_path}:$PATH VIRTUAL_ENV={tmp_path} ./run.sh test", copy)
+    assert done.returncode == (failing != "none")
