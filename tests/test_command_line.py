@@ -119,8 +119,8 @@ def test_validation_shards_stand_beside_training_shards(tmp_path):
     config = parse_command_line(["--train-files", f"{tmp_path}/train/my_train_*.bin"])
     assert config.val_files == f"{tmp_path}/train/my_val_*.bin"
     assert parse_command_line(["--val-files", config.val_files]).train_files == config.train_files
-    for val, train in (("val/evaluation_val_*.bin", "val/evaluation_train_*.bin"), ("wikival.bin", "wikitrain.bin")):
-        assert parse_command_line(["--val-files", val]).train_files == train  # the last one in the name
+    for val, other in (("val/evaluation_val_*.bin", "val/evaluation_train_*.bin"), ("wikival.bin", "wikitrain.bin")):
+        assert parse_command_line(["--val-files", val]).train_files == other  # the last one in the name
     both = parse_command_line(["--val-files", "b_val.bin", "--train-files", "a_train.bin"])
     assert (both.train_files, both.val_files) == ("a_train.bin", "b_val.bin")
     with pytest.raises(UserError, match="quotes"):

@@ -149,8 +149,8 @@ def test_threads_that_wait_give_way_where_another_program_runs(copy, tmp_path):
         other.wait()
 
 
-@pytest.mark.parametrize("failing", ["tests", "tests/test_checkpoint.py", "tests/test_processes.py", "tests/test_readme.py",
-                                     "none"])
+@pytest.mark.parametrize("failing", [
+    "tests", "tests/test_checkpoint.py", "tests/test_processes.py", "tests/test_readme.py", "none"])
 def test_run_sh_fails_if_any_test_fails(copy, tmp_path, failing):
     """Also where other tests take longer: the last to end are those in front, whose first argument is tests."""
     python = tmp_path / "python"
